@@ -1,0 +1,246 @@
+"""Distributional alignment targets by optimal transport.
+
+    q_i = E_u[u_σ*(i)],  where  σ* = argmin_σ Σ_i ‖p_i − u_σ(i)‖₂  and  u_1, ..., u_n ~ D
+    y_i = argmax_k q_ik,  c_i = max_k q_ik
+
+p_i are ``probabilities``, the classifier's output on the n images that show a face; D is ``target``, the
+class distribution that the n images should follow; the draws u are one-hot vectors of K classes. ``Targets``
+holds q (``probabilities``), y (``classes``) and c (``confidence``).
+
+A draw enters only through its class counts m ~ Multinomial(n, D), so the expectation runs over count vectors,
+of which there are C(n+K−1, K−1). Classes that D excludes are removed first. If two are left, q is a Binomial
+tail; if the count vectors are few, all are solved and weighted by their probability; otherwise counts are
+drawn.
+
+Reference:
+    Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), section 4.1,
+    https://arxiv.org/abs/2311.07604
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import binom, multinomial
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the images of one prompt should become.
+
+    Args:
+        probabilities: the expected target q of each image, with shape (n, K), rows sum to one.
+        classes: the dynamic target y, the most probable class of q, with shape (n,), int64 in [0, K).
+        confidence: the probability c of that class, with shape (n,), in [1/K, 1].
+    """
+
+    probabilities: Tensor
+    classes: Tensor
+    confidence: Tensor
+
+
+def expected_targets(
+    probabilities: Tensor,
+    target: Tensor | Sequence[float],
+    draws: int = 100,
+    max_enumeration: int = 10_000,
+    generator: torch.Generator | None = None,
+) -> Targets:
+    """Assigns every image the class that brings the images as a set to the target distribution.
+
+    Exact, except where more than ``max_enumeration`` count vectors exist for three or more classes; only
+    there ``draws`` and ``generator`` matter, and ranks that must agree need generators in the same state.
+
+    Args:
+        probabilities: the classifier's probabilities p of the images with a face, with shape (n, K), in
+            [0, 1].
+        target: the target distribution D over the classes, with shape (K,), non-negative, sums to one.
+        draws: how many times the classes of all images are drawn when enumeration is too long.
+        max_enumeration: the largest number of assignments solved exactly. The default covers 4 classes up to
+            36 images; the 6,545 assignments of 4 classes and 32 images take about 0.1 s.
+        generator: a random generator on the CPU, for the draws.
+
+    Returns:
+        Targets on the device and in the dtype of ``probabilities``; empty for n = 0.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    distribution = _checked_target(target)
+    _check_probabilities(probabilities, len(distribution))
+    if draws < 1 or max_enumeration < 0:
+        raise ValueError(
+            "`draws` must be at least 1 and `max_enumeration` at least 0, "
+            f"but got draws={draws}, max_enumeration={max_enumeration}"
+        )
+    cost = transport_cost(probabilities.detach().cpu().double().numpy())
+    expected = torch.from_numpy(expected_assignment(cost, distribution, draws, max_enumeration, generator))
+    confidence, classes = expected.max(dim=1)
+    return Targets(
+        probabilities=expected.to(probabilities),
+        classes=classes.to(probabilities.device),
+        confidence=confidence.to(probabilities),
+    )
+
+
+def transport_cost(probabilities: np.ndarray) -> np.ndarray:
+    """Distance of each image to each class, ‖p_i − e_k‖₂.
+
+    Args:
+        probabilities: the probabilities p, with shape (n, K).
+
+    Returns:
+        The cost of giving class k to image i, with shape (n, K), in [0, √2].
+    """
+    corners = np.eye(probabilities.shape[1])
+    return np.linalg.norm(probabilities[:, None] - corners, axis=-1)
+
+
+def expected_assignment(
+    cost: np.ndarray,
+    distribution: np.ndarray,
+    draws: int = 100,
+    max_enumeration: int = 10_000,
+    generator: torch.Generator | None = None,
+) -> np.ndarray:
+    """Expected one-hot assignment q of least cost, for any cost.
+
+    Args:
+        cost: the cost of giving class k to image i, with shape (n, K).
+        distribution: the target distribution D, with shape (K,), sums to one.
+        draws: how many draws to average; see ``expected_targets``.
+        max_enumeration: the largest number of assignments solved exactly.
+        generator: a random generator on the CPU.
+
+    Returns:
+        The expected assignment q, with shape (n, K), rows sum to one.
+    """
+    images = len(cost)
+    support = distribution > 0
+    shares, classes = distribution[support], int(support.sum())
+    expected = np.zeros_like(cost)
+    if classes == 2:
+        expected[:, support] = binomial_assignment(cost[:, support], shares[1])
+    elif math.comb(images + classes - 1, classes - 1) <= max_enumeration:
+        counts = enumerate_counts(images, classes)
+        weights = multinomial.pmf(counts, images, shares)
+        expected[:, support] = mean_assignment(cost[:, support], counts, weights)
+    else:
+        counts, weights = draw_counts(images, shares, draws, generator)
+        expected[:, support] = mean_assignment(cost[:, support], counts, weights)
+    return expected
+
+
+def binomial_assignment(cost: np.ndarray, share: float) -> np.ndarray:
+    """Expected assignment for two classes, in closed form.
+
+    If m images get class 1, the total cost is Σ_i cost_i0 plus Σ (cost_i1 − cost_i0) over those m images, so
+    they are the m with the smallest differences. For p = (1 − s, s) the difference is √2 (1 − 2s), so these
+    are the m images with the largest probability s of class 1. The image of rank r = 0, 1, ... in that order
+    thus has class 1 in exactly the draws with m > r, and m ~ Binomial(n, D_1), so q_i1 = P(m > r).
+
+    Images with equal differences are ranked in the order given. They must not share a rank: images on which
+    the classifier saturates at the same value would all get q = D and never a confident target.
+
+    Args:
+        cost: the cost of either class, with shape (n, 2).
+        share: the target probability of class 1, D_1.
+
+    Returns:
+        The expected assignment q, with shape (n, 2).
+    """
+    images = len(cost)
+    order = np.argsort(cost[:, 1] - cost[:, 0], kind="stable")
+    expected = np.empty((images, 2))
+    expected[order, 1] = binom.sf(np.arange(images), images, share)
+    expected[order, 0] = binom.cdf(np.arange(images), images, share)
+    return expected
+
+
+def mean_assignment(cost: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted mean of the optimal assignments of several count vectors.
+
+    Where several assignments are optimal (images with equal probabilities) the solver's choice stands.
+
+    Args:
+        cost: the cost of giving class k to image i, with shape (n, K).
+        counts: how many images get each class, with shape (M, K), rows sum to n.
+        weights: the weight of each count vector, with shape (M,).
+
+    Returns:
+        The mean one-hot assignment, with shape (n, K), rows sum to one.
+    """
+    classes = cost.shape[1]
+    draws = [np.repeat(np.arange(classes), count) for count in counts]
+    assigned = np.array([labels[linear_sum_assignment(cost[:, labels])[1]] for labels in draws])
+    weights = weights / weights.sum()
+    return np.stack([weights @ (assigned == label) for label in range(classes)], axis=1)
+
+
+def enumerate_counts(images: int, classes: int) -> np.ndarray:
+    """All ways to share n images among K classes ("stars and bars").
+
+    Args:
+        images: the number of images n.
+        classes: the number of classes K.
+
+    Returns:
+        All count vectors, with shape (C(n+K−1, K−1), K), int64, rows sum to n.
+    """
+    slots = images + classes - 1
+    bars = np.array(list(combinations(range(slots), classes - 1)), dtype=np.int64)
+    return np.diff(bars, axis=1, prepend=-1, append=slots) - 1
+
+
+def draw_counts(
+    images: int, distribution: np.ndarray, draws: int, generator: torch.Generator | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class counts of random draws u_1, ..., u_n ~ D.
+
+    Args:
+        images: the number of images n, at least 1.
+        distribution: the target distribution D, with shape (K,).
+        draws: the number of draws.
+        generator: a random generator on the CPU.
+
+    Returns:
+        The distinct count vectors drawn, with shape (M, K), and how often each was, with shape (M,).
+    """
+    shares = torch.from_numpy(distribution)
+    labels = torch.multinomial(shares, draws * images, replacement=True, generator=generator)
+    one_hot = torch.nn.functional.one_hot(labels.view(draws, images), len(distribution))
+    return np.unique(one_hot.sum(dim=1).numpy(), axis=0, return_counts=True)
+
+
+def _checked_target(target: Tensor | Sequence[float]) -> np.ndarray:
+    """The target distribution D in float64, with shape (K,), summing to one beyond rounding."""
+    distribution = torch.as_tensor(target, dtype=torch.float64).detach().cpu().numpy()
+    valid = distribution.ndim == 1 and bool((distribution >= 0).all()) and abs(distribution.sum() - 1) < 1e-5
+    if not valid:
+        raise ValueError(
+            "`target` must be one non-negative probability per class and sum to one, "
+            f"but got {distribution.tolist()} with sum {distribution.sum():g}"
+        )
+    return distribution / distribution.sum()
+
+
+def _check_probabilities(probabilities: Tensor, classes: int) -> None:
+    if probabilities.ndim != 2 or probabilities.shape[1] != classes or not probabilities.is_floating_point():
+        raise ValueError(
+            f"`probabilities` must be floating point with shape (n, {classes}), one column per class of "
+            f"`target`, but got {probabilities.dtype} with shape {tuple(probabilities.shape)}"
+        )
+    # Sums of half-precision probabilities may leave [0, 1] by rounding; NaN fails either comparison.
+    valid = ((probabilities > -1e-2) & (probabilities < 1 + 1e-2)).all(dim=1)
+    if not valid.all():
+        row = int(valid.int().argmin())
+        raise ValueError(
+            f"`probabilities` must lie in [0, 1] without NaN, but row {row} is {probabilities[row].tolist()}"
+        )
