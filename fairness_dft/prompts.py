@@ -1,0 +1,523 @@
+"""Prompts and noise: batch k of epoch e is (P, s_1, ..., s_N), P = P_π_e(k), s_i = h(seed, split, e, k, i).
+
+One step of the method samples N images of one prompt P, because a target distribution means something only
+over several images of the same prompt. N is `images_per_prompt`, over all ranks together; π_e (`order`) is a
+permutation that depends on seed and epoch alone; h (`noise_seeds`) is a counter-based hash, so that any batch
+can be made again without those before it. Every rank sees the same prompt and takes its contiguous slice of
+the seeds.
+
+"Finetuning Text-to-Image Diffusion Models for Fairness", Shen, Du, Pang, Lin, Wong and Kankanhalli, 2024,
+https://arxiv.org/abs/2311.07604
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from typing_extensions import override
+
+SPLITS = ("train", "validation", "test")
+KEYS = ("concept", "source", "licence", "templates", *SPLITS)
+IMAGES = {
+    "train": "images_per_prompt",
+    "validation": "validation_images_per_prompt",
+    "test": "test_images_per_prompt",
+}
+ORDER_STREAM = len(SPLITS)  # the seeds of a split hash with its number, the orders with the next one
+PAPER_FILES = [
+    f"data/prompts/{name}.json" for name in ("occupations", "occupations_in_context", "descriptors", "sports")
+]
+PAPER_WEIGHTS = [1, 6, 20, 4]
+
+
+class Prompt(NamedTuple):
+    """A complete prompt; a named tuple, because Lightning refuses to move frozen dataclasses between devices.
+
+    Attributes:
+        text: what the text encoder reads, "A photo of the face of a chef, a person".
+        subject: what the prompt is about, "chef".
+        concept: the kind of subject, "occupation".
+    """
+
+    text: str
+    subject: str
+    concept: str
+
+
+@dataclass(kw_only=True)
+class PromptBatch:
+    """What one step works on; seeds come last, because Lightning warns of a number after a tensor.
+
+    Attributes:
+        prompt: the prompt P, the same on every rank.
+        index: position of the prompt in its split.
+        seeds: one noise seed for each image of this rank, with shape (N / world size,), int64, non-negative.
+    """
+
+    prompt: Prompt
+    index: int
+    seeds: Tensor
+
+
+def resolve(path: str | Path) -> Path:
+    """Finds a file from the current directory or, if it is not there, from the root of the repository.
+
+    Args:
+        path: an absolute path, or one relative to either place.
+
+    Returns:
+        The path where the file is, or the path as given if it is in neither place.
+    """
+    given = Path(path).expanduser()
+    shipped = Path(__file__).resolve().parent.parent / given
+    return shipped if shipped.exists() and not given.exists() else given
+
+
+def noise_seeds(seed: int, split: str, epoch: int, position: int, count: int) -> Tensor:
+    """Hashes a place in the run into the noise seeds of its images.
+
+    Args:
+        seed: the seed of the run, non-negative.
+        split: "train", "validation" or "test"; no two of them share a stream.
+        epoch: the epoch e; 0 in evaluation.
+        position: the position k of the batch in its epoch.
+        count: N; the first seeds do not depend on it.
+
+    Returns:
+        The seeds s_1, ..., s_N, with shape (N,), int64, in [0, 2^63).
+    """
+    words = _hash(seed, (SPLITS.index(split), epoch, position), count)
+    return torch.from_numpy((words >> np.uint64(1)).astype(np.int64))
+
+
+def _hash(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
+    return np.random.SeedSequence(seed, spawn_key=key).generate_state(count, np.uint64)
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """The prompts of one file, by split.
+
+    In a JSON file every entry goes through every template, in whose place stands the concept in braces:
+
+        {"concept": "occupation", "source": "...", "licence": "...",
+         "templates": ["A photo of the face of a {occupation}, a person"],
+         "train": ["chef", "pilot"], "validation": ["librarian"], "test": ["senator"]}
+
+    An entry may also be a complete prompt, {"subject": "chef", "text": "A chef in a kitchen, watercolour"}.
+    A file may leave out source, licence, and splits it has no use for. A file of any other type is plain text
+    with one complete prompt a line, where "#" starts a comment line, and serves every split.
+
+    Attributes:
+        path: where the prompts came from.
+        splits: the prompts of each split that the file has, in the order of the file.
+    """
+
+    path: Path
+    splits: dict[str, tuple[Prompt, ...]]
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "PromptList":
+        """Reads a prompt file.
+
+        Args:
+            path: a JSON or plain text file, found by `resolve`.
+
+        Raises:
+            ValueError: if the file cannot be read or is malformed.
+        """
+        path = resolve(path)
+        if path.suffix.lower() == ".json":
+            return cls(path, _parse(path))
+        prompts = tuple(Prompt(line, line, path.stem) for line in _lines(path))
+        return cls(path, dict.fromkeys(SPLITS, prompts))
+
+    def split(self, name: str) -> tuple[Prompt, ...]:
+        """Returns the prompts of a split.
+
+        Args:
+            name: "train", "validation" or "test".
+
+        Raises:
+            ValueError: if the file has no such split.
+        """
+        if name not in self.splits:
+            raise ValueError(
+                f'{self.path}: there is no "{name}" split, only {_quoted(self.splits)};'
+                f' add a "{name}" list to the file or choose another file'
+            )
+        return self.splits[name]
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: there is no such file; give a path relative to the current directory ({Path.cwd()}),"
+            " a path relative to the repository, or an absolute one"
+        )
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file again as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _lines(path: Path) -> list[str]:
+    lines = [line.strip() for line in _read(path).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"{path}: every line is blank or a comment; add one entry a line")
+    return lines
+
+
+def _parse(path: Path) -> dict[str, tuple[Prompt, ...]]:
+    try:
+        data = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); correct it there,"
+            " or use a .txt file with one prompt a line"
+        ) from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: must hold one object in braces, with some of the keys {_quoted(KEYS)}")
+    if unknown := [key for key in data if key not in KEYS]:
+        raise ValueError(f"{path}: unknown key {_quoted(unknown)}; the keys are {_quoted(KEYS)}")
+    if not _is_text(data.get("concept")):
+        raise ValueError(f'{path}: "concept" must be a name such as "occupation"; add it')
+    splits = {split: _prompts(path, data, split) for split in SPLITS if split in data}
+    if not splits:
+        raise ValueError(f"{path}: there is no split; add at least one of the lists {_quoted(SPLITS)}")
+    _refuse_overlap(path, splits)
+    return splits
+
+
+def _prompts(path: Path, data: dict[str, Any], split: str) -> tuple[Prompt, ...]:
+    concept, entries, templates = data["concept"], data[split], data.get("templates", [])
+    placeholder = f"{{{concept}}}"
+    if not isinstance(templates, list) or not all(map(_is_text, templates)):
+        raise ValueError(f'{path}: "templates" must be a list of strings, each with {placeholder} in it')
+    if lacking := [template for template in templates if placeholder not in template]:
+        raise ValueError(
+            f"{path}: the template {_quoted(lacking)} lacks its placeholder; write {placeholder} in it"
+        )
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f'{path}: "{split}" must be a list with at least one entry; fill it or leave it out')
+    prompts: list[Prompt] = []
+    for number, entry in enumerate(entries, start=1):
+        where = f'{path}: entry {number} of "{split}"'
+        if _is_text(entry) and not templates:
+            raise ValueError(f'{where} has no template to fill; add "templates" with {placeholder} in each')
+        if _is_text(entry):
+            subject = entry.strip()
+            prompts += [Prompt(text.replace(placeholder, subject), subject, concept) for text in templates]
+        elif (
+            isinstance(entry, dict)
+            and set(entry) == {"subject", "text"}
+            and all(map(_is_text, entry.values()))
+        ):
+            prompts.append(Prompt(entry["text"].strip(), entry["subject"].strip(), concept))
+        else:
+            raise ValueError(f'{where} is {entry!r}; write a string or {{"subject": "...", "text": "..."}}')
+    return tuple(prompts)
+
+
+def _refuse_overlap(path: Path, splits: dict[str, tuple[Prompt, ...]]) -> None:
+    home: dict[str, str] = {}
+    for split, prompts in splits.items():
+        for prompt in prompts:
+            if (other := home.setdefault(_normalise(prompt.text), split)) != split:
+                raise ValueError(
+                    f'{path}: "{prompt.text}" is in both "{other}" and "{split}"; remove it from one of them,'
+                    " or the evaluation sees what was trained on"
+                )
+
+
+class PromptLoader:
+    """Yields one `PromptBatch` a prompt: fixed order, fixed seeds.
+
+    A plain iterable and no `DataLoader`, into which Lightning would put a distributed sampler and whose
+    missing workers it would warn about, although there is nothing to load.
+
+    Args:
+        prompts: the prompts of the split.
+        split: "train", "validation" or "test".
+        seed: the seed of the run.
+        images_per_prompt: N, over all ranks.
+        rank: the index of this process.
+        world_size: the number of processes, which N must divide by.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        split: str,
+        seed: int,
+        images_per_prompt: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.prompts = prompts
+        self.split = split
+        self.seed = seed
+        self.images_per_prompt = images_per_prompt
+        self.rank = rank
+        self.world_size = world_size
+        _check_divides(split, images_per_prompt, world_size)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for index in range(len(self.prompts)):
+            yield self.batch(epoch=0, position=index, index=index)
+
+    def batch(self, epoch: int, position: int, index: int) -> PromptBatch:
+        """Makes this rank's part of the batch with prompt `index` at `position` k of `epoch` e."""
+        seeds = noise_seeds(self.seed, self.split, epoch, position, self.images_per_prompt)
+        seeds = seeds.view(self.world_size, -1)[self.rank].clone()
+        return PromptBatch(prompt=self.prompts[index], index=index, seeds=seeds)
+
+
+class TrainingPromptLoader(PromptLoader):
+    """Yields the training prompts in another order every epoch, with fresh seeds.
+
+    The batches are one endless stream, of which each iteration takes the next `len(self)`. Whatever ends an
+    epoch early, be it `limit_train_batches` or an interruption, the next one goes on from there.
+
+    Args:
+        repeats: how many times each prompt comes in an epoch.
+        start: how many batches of the stream were trained on before.
+        prompts: the training prompts; this and the rest as in `PromptLoader`.
+    """
+
+    def __init__(self, repeats: Sequence[int], start: int, prompts: Sequence[Prompt], **loader: Any) -> None:
+        super().__init__(prompts, "train", **loader)
+        self.slots = np.repeat(np.arange(len(prompts)), repeats)
+        self.next_batch = start
+
+    @override
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @override
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for _ in range(len(self)):
+            epoch, position = divmod(self.next_batch, len(self))
+            self.next_batch += 1
+            yield self.batch(epoch, position, index=int(self.order(epoch)[position]))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Returns π_e, the prompt index at every position of an epoch, with shape (len(self),)."""
+        return self.slots[np.argsort(_hash(self.seed, (ORDER_STREAM, epoch), len(self)), kind="stable")]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing; to have the method tells Lightning that the loader can resume in mid-epoch.
+
+        The data module starts the loader at the trainer's own count. A position stored here would be one too
+        far in a checkpoint written by an exception in mid-batch, and Lightning would not load it from one
+        written at the end of an epoch.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Has nothing to load."""
+
+
+def _check_divides(split: str, images: int, world_size: int) -> None:
+    if images % world_size:
+        below = images - images % world_size
+        nearest = " or ".join(str(count) for count in (below, below + world_size) if count)
+        raise ValueError(
+            f"{IMAGES[split]} counts the images of all {world_size} processes together and must"
+            f" divide by {world_size}, but is {images}; the nearest to choose: {nearest}"
+        )
+
+
+class PromptModule(LightningDataModule):
+    """Prompts from files; a batch is one prompt with N noise seeds, the same on every run with the same seed.
+
+    Args:
+        files: prompt files, JSON or plain text, relative to the current directory or to the repository.
+        weights: how many times the training prompts of each file come in an epoch, one number a file; once
+            if left out.
+        images_per_prompt: images of a prompt in a training step, over all processes together.
+        validation_images_per_prompt: images of a validation prompt, over all processes together.
+        test_images_per_prompt: images of a test prompt, over all processes together.
+        train_prompts: only the first so many training prompts of each file.
+        validation_prompts: only the first so many validation prompts of each file.
+        test_prompts: only the first so many test prompts of each file.
+        train_subjects: plain text file with the subjects to train on, one a line; training prompts about
+            anything else are left out, validation and test are not changed.
+        seed: what the order of the prompts and the noise are derived from.
+
+    Raises:
+        ValueError: if a file is malformed or a number out of range.
+    """
+
+    def __init__(
+        self,
+        files: list[str],
+        weights: list[int] | None = None,
+        images_per_prompt: int = 24,
+        validation_images_per_prompt: int = 24,
+        test_images_per_prompt: int = 60,
+        train_prompts: int | None = None,
+        validation_prompts: int | None = None,
+        test_prompts: int | None = None,
+        train_subjects: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.images_per_prompt = images_per_prompt
+        self.validation_images_per_prompt = validation_images_per_prompt
+        self.test_images_per_prompt = test_images_per_prompt
+        self.limits = {"train": train_prompts, "validation": validation_prompts, "test": test_prompts}
+        self.weights = [1] * len(files) if weights is None else weights
+        self.seed = seed
+        _check_at_least(0, seed=seed)
+        _check_at_least(1, **{name: getattr(self, name) for name in IMAGES.values()})
+        _check_at_least(1, **{f"{split}_prompts": count for split, count in self.limits.items()})
+        _check_at_least(1, files=len(files), weights=min(self.weights, default=1))
+        if len(self.weights) != len(files):
+            raise ValueError(
+                f"weights must be one number a file, but {len(files)} files have {len(self.weights)}"
+            )
+        self.lists = [PromptList.from_file(file) for file in files]
+        self.train_subjects = train_subjects and resolve(train_subjects)
+        self.kept = (
+            {_normalise(line) for line in _lines(self.train_subjects)} if self.train_subjects else None
+        )
+
+    def prompts(self, split: str) -> list[Prompt]:
+        """Returns the prompts of a split, file after file; `PromptBatch.index` counts them in this order.
+
+        Args:
+            split: "train", "validation" or "test".
+
+        Raises:
+            ValueError: if a file has no such split, or `train_subjects` leaves no prompt.
+        """
+        return [prompt for prompt, _ in self._weighted(split)]
+
+    def _weighted(self, split: str) -> list[tuple[Prompt, int]]:
+        pairs: list[tuple[Prompt, int]] = []
+        for prompt_list, weight in zip(self.lists, self.weights, strict=True):
+            chosen = [prompt for prompt in prompt_list.split(split) if self._keeps(prompt, split)]
+            pairs += [(prompt, weight) for prompt in chosen[: self.limits[split]]]
+        if not pairs:
+            paths = ", ".join(str(prompt_list.path) for prompt_list in self.lists)
+            raise ValueError(
+                f"{self.train_subjects}: names no training subject of {paths}; one subject a line"
+            )
+        return pairs
+
+    def _keeps(self, prompt: Prompt, split: str) -> bool:
+        return split != "train" or self.kept is None or _normalise(prompt.subject) in self.kept
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Refuses numbers of images that do not divide by the number of processes, before anything runs.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+        """
+        used = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:]}
+        for split in used.get(stage, ()):
+            _check_divides(
+                split, getattr(self, IMAGES[split]), self.trainer.world_size if self.trainer else 1
+            )
+
+    @override
+    def train_dataloader(self) -> TrainingPromptLoader:
+        """Returns the training prompts from where the trainer stands: 0, or where it was interrupted."""
+        prompts, repeats = zip(*self._weighted("train"), strict=True)
+        start = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
+        return TrainingPromptLoader(repeats, start, prompts, **self._loader_settings("train"))
+
+    @override
+    def val_dataloader(self) -> PromptLoader:
+        """Returns the validation prompts."""
+        return PromptLoader(self.prompts("validation"), "validation", **self._loader_settings("validation"))
+
+    @override
+    def test_dataloader(self) -> PromptLoader:
+        """Returns the test prompts."""
+        return PromptLoader(self.prompts("test"), "test", **self._loader_settings("test"))
+
+    def _loader_settings(self, split: str) -> dict[str, int]:
+        settings = {"seed": self.seed, "images_per_prompt": getattr(self, IMAGES[split])}
+        if self.trainer:
+            settings |= {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        return settings
+
+
+def _check_at_least(least: int, **numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise ValueError(f"{name} must be at least {least}, but is {number}")
+
+
+class OccupationPrompts(PromptModule):
+    """Occupations: 948 to train on, and the 10 validation and 50 test occupations of the paper.
+
+    Args:
+        file: prompt file, JSON or plain text.
+    """
+
+    def __init__(self, file: str = "data/prompts/occupations.json", **kwargs: Any) -> None:
+        super().__init__(files=[file], weights=[1], **kwargs)
+
+
+class SportPrompts(PromptModule):
+    """People doing a sport.
+
+    Args:
+        file: prompt file, JSON or plain text.
+    """
+
+    def __init__(self, file: str = "data/prompts/sports.json", **kwargs: Any) -> None:
+        super().__init__(files=[file], weights=[1], **kwargs)
+
+
+class DescriptorPrompts(PromptModule):
+    """People described by an adjective.
+
+    Args:
+        file: prompt file, JSON or plain text.
+    """
+
+    def __init__(self, file: str = "data/prompts/descriptors.json", **kwargs: Any) -> None:
+        super().__init__(files=[file], weights=[1], **kwargs)
+
+
+class MixedPrompts(PromptModule):
+    """Several concepts in one run, by default the paper's four, weighted to come about equally often.
+
+    Args:
+        files: prompt files, JSON or plain text.
+        weights: how many times the training prompts of each file come in an epoch, one number a file.
+    """
+
+    def __init__(
+        self, files: list[str] = PAPER_FILES, weights: list[int] = PAPER_WEIGHTS, **kwargs: Any
+    ) -> None:
+        super().__init__(files=files, weights=weights, **kwargs)
