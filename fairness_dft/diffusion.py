@@ -1,0 +1,291 @@
+"""The generator: a frozen text-to-image diffusion model behind four verbs.
+
+    c = encode(P),    ε(z_t, c) = denoise(z_t, t, c),    x = decode(z_0),
+
+and classifier-free guidance, which pushes the prediction away from that of the empty prompt ∅,
+
+    ε_t = ε(z_t, ∅) + s (ε(z_t, c) - ε(z_t, ∅)).
+
+In the code P is `prompts`, c and ∅ are `conditioning` and `unconditional`, z_t is `latents`, s is
+`guidance_scale`, ε is what the network predicts (noise or velocity: only the scheduler needs to know), and x
+is `images`.
+
+References:
+    High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al., 2022).
+    https://arxiv.org/abs/2112.10752
+    Classifier-Free Diffusion Guidance (Ho and Salimans, 2022). https://arxiv.org/abs/2207.12598
+"""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fairness_dft.prompts import resolve
+
+
+class TextToImage(nn.Module, ABC):
+    """A frozen text-to-image diffusion model.
+
+    Attributes:
+        scheduler: A diffusers scheduler. It is a template: whoever samples works on a copy, as it has a
+            state.
+        latent_shape: The shape (C, h, w) of one latent.
+    """
+
+    scheduler: Any
+    latent_shape: tuple[int, int, int]
+
+    @abstractmethod
+    def load(self) -> None:
+        """Loads the weights; the constructor only takes notes. A second call does nothing."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Encodes prompts P, truncated to what the text encoder reads.
+
+        Args:
+            prompts: The B prompts; the empty prompt is ∅.
+
+        Returns:
+            The conditioning c, with shape (B, L, D).
+        """
+
+    @abstractmethod
+    def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Tensor) -> Tensor:
+        """Calls the denoising network once.
+
+        Args:
+            latents: The latents z_t as the scheduler scales them for the network, with shape (B, C, h, w).
+            timestep: The training timestep t, a scalar.
+            conditioning: The conditioning c, with shape (B, L, D).
+
+        Returns:
+            The prediction ε(z_t, c), with the shape and dtype of `latents`.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decodes final latents z_0.
+
+        Args:
+            latents: The latents, with shape (B, C, h, w).
+
+        Returns:
+            The images x, with shape (B, 3, H, W), in [0, 1], in the dtype of `latents`. A pixel that is
+            clamped passes no gradient.
+        """
+
+    def guided(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Tensor,
+        unconditional: Tensor,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Denoises with classifier-free guidance, in one call of twice the batch, or of once where s = 1.
+
+        Args:
+            latents: As for `denoise`.
+            timestep: As for `denoise`.
+            conditioning: The conditioning c, with shape (B, L, D).
+            unconditional: The conditioning of the empty prompt ∅, with shape (B, L, D).
+            guidance_scale: The scale s.
+
+        Returns:
+            The guided prediction ε_t, with the shape of `latents`.
+        """
+        if guidance_scale == 1:
+            return self.denoise(latents, timestep, conditioning)
+        both = self.denoise(torch.cat((latents, latents)), timestep, torch.cat((unconditional, conditioning)))
+        without, with_prompt = both.chunk(2)
+        return without + guidance_scale * (with_prompt - without)
+
+    def noise(self, seeds: Tensor) -> Tensor:
+        """Draws initial latents z_T ~ N(0, I), the same for the same seed on any device and in any batch.
+
+        Args:
+            seeds: The seeds, with shape (n,), integer.
+
+        Returns:
+            The latents, with shape (n, C, h, w), in float32, on the device of the model.
+        """
+        noise = torch.empty(len(seeds), *self.latent_shape)
+        for latent, seed in zip(noise, seeds.tolist(), strict=True):
+            latent.normal_(generator=torch.Generator().manual_seed(seed))
+        return noise.to(next(self.parameters()).device)
+
+    def train(self, mode: bool = True) -> "TextToImage":
+        """Stays in evaluation mode: a frozen model has no dropout to switch on."""
+        return super().train(False)
+
+
+class StableDiffusion(TextToImage):
+    """Stable Diffusion 1.x or 2.x, or any model in the same layout.
+
+    Args:
+        path: A folder in the layout of `StableDiffusionPipeline`, relative to the working directory or to the
+            repository, or the name of a model on the Hugging Face hub.
+        scheduler: The class name of any diffusers scheduler; its settings are those stored with the model.
+        resolution: The height and width of the images, in pixels; that of the model's training by default.
+        weights_dtype: The precision in which the frozen weights are kept, whatever they are stored in.
+
+    Raises:
+        ValueError: If `weights_dtype` is none of those allowed.
+    """
+
+    def __init__(
+        self,
+        path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        scheduler: str = "DPMSolverMultistepScheduler",
+        resolution: int | None = None,
+        weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__()
+        if weights_dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(
+                f"`weights_dtype` must be float32, float16 or bfloat16, but got {weights_dtype!r}"
+            )
+        self.path = path
+        self.scheduler_name = scheduler
+        self.resolution = resolution
+        self.weights_dtype = getattr(torch, weights_dtype)
+
+    def load(self) -> None:
+        """Loads the scheduler, tokenizer, text encoder, U-Net and VAE, and freezes them.
+
+        Raises:
+            ValueError: If the scheduler is unknown, the model cannot be loaded or the resolution does not
+                fit.
+        """
+        if hasattr(self, "unet"):
+            return
+        scheduler_class = find_scheduler(self.scheduler_name)
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        folder = resolve(self.path)
+        source = str(folder) if folder.is_dir() else self.path
+        reachable = folder.is_dir() or on_hub(self.path)
+        options = {"local_files_only": folder.is_dir() or not reachable}
+        weights = {**options, "torch_dtype": self.weights_dtype, "use_safetensors": True}
+        try:
+            with quiet():
+                scheduler = scheduler_class.load_config(source, subfolder="scheduler", **options)
+                self.tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options)
+                # Where transformers finds no vocabulary, it makes one of special tokens alone.
+                if len(self.tokenizer) <= 3:
+                    raise OSError(f"no vocabulary in the sub-folder tokenizer of {source}")
+                self.text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **weights)
+                self.vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
+                self.unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
+        except Exception as error:  # each library and each file format raises its own
+            reason = str(error) if reachable else "no such folder, nor within reach on the Hugging Face hub"
+            raise ValueError(cannot_load(self.path, reason)) from error
+        self.scheduler = scheduler_class.from_config(scheduler)
+        self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
+        self.requires_grad_(False).eval()
+
+    def _latent_size(self) -> tuple[int, int]:
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if self.resolution is None:
+            return (self.unet.config.sample_size,) * 2
+        if self.resolution < factor or self.resolution % factor:
+            raise ValueError(
+                f"`resolution` must be a multiple of {factor} for this model, but got {self.resolution}"
+            )
+        return (self.resolution // factor,) * 2
+
+    @override
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        config = self.text_encoder.config
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=min(self.tokenizer.model_max_length, config.max_position_embeddings),
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.text_encoder.device)
+        mask = tokens.attention_mask if getattr(config, "use_attention_mask", False) else None
+        return self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
+
+    @override
+    def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Tensor) -> Tensor:
+        dtype = self.unet.dtype
+        prediction = self.unet(
+            latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype)
+        ).sample
+        # The recursion of the scheduler stays in the precision of the latents.
+        return prediction.to(latents.dtype)
+
+    @override
+    def decode(self, latents: Tensor) -> Tensor:
+        images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        return (images.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+
+
+def find_scheduler(name: str) -> Any:
+    """Returns the diffusers scheduler class of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+        usual = "DPMSolverMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler"
+        raise ValueError(
+            f"`scheduler` must be the name of a diffusers scheduler, such as {usual}, but got {name!r}"
+        )
+    return found
+
+
+def on_hub(path: str) -> bool:
+    """Asks the Hugging Face hub for a model, once, without the retries that make a missing network slow."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(path, timeout=5)
+    except Exception:  # not a name, no such model, no access, no network: what is cached may still load
+        return False
+    return True
+
+
+def cannot_load(path: str, reason: str) -> str:
+    """Says in one line which model could not be loaded, why, and how to go on."""
+    reason = (reason.strip() or "unknown reason").splitlines()[0].rstrip(".")
+    return (
+        f"Could not load the text-to-image model {path!r} ({reason}). Download it where there is a network "
+        f"(`hf download {path}`), or give a local folder in the same layout "
+        "(--model.generator.init_args.path FOLDER), or run on the miniature that ships with this repository "
+        "(--config experiments/parts/portraits.yaml)."
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the loaders of transformers and diffusers, whose complaints end up in the error anyway."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    bar = transformers_logging.is_progress_bar_enabled()
+    for library, _ in before:
+        library.set_verbosity(library.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, verbosity in before:
+            library.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()

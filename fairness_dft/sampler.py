@@ -1,0 +1,173 @@
+"""The sampler: one differentiable loop for training and evaluation.
+
+From z_T ~ N(0, I), for each of the T timesteps t of a scheduler,
+
+    ε_t = ε(z_t, ∅) + s (ε(z_t, c) - ε(z_t, ∅)),    z_{t-1} = scheduler(z_t, ε_t, t),    x = decode(z_0).
+
+In the code z_T is `noise`, z_t is `latents`, ε_t is `prediction`, s is `guidance_scale`, c and ∅ are
+`conditioning` and `unconditional`. The loop carries a graph exactly where gradients are enabled: under
+`torch.no_grad()` it only samples. Which steps carry gradient, and with what weight, is the business of
+`fairness_dft.gradients.GradientPath`. Each such step keeps only its latent and is computed again in the
+backward pass, so memory grows with T by a latent, not by the activations of a U-Net.
+
+References:
+    Training Deep Nets with Sublinear Memory Cost (Chen et al., 2016). https://arxiv.org/abs/1604.06174
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+from typing_extensions import final
+
+from fairness_dft.diffusion import TextToImage
+from fairness_dft.gradients import GradientPath, scale_gradient
+
+
+def checkpointed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wraps a deterministic `function` so that the backward pass computes its activations again."""
+    return lambda *inputs: recompute(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def chunked(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int) -> Tensor:
+    """Applies `function`, which treats each row of `inputs` by itself, to `chunk` rows at a time."""
+    return torch.cat([function(part) for part in inputs.split(chunk)])
+
+
+def checkpointed_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int) -> Tensor:
+    """Applies a frozen network in checkpointed chunks, so that the activations of one chunk exist at a time.
+
+    Args:
+        function: A deterministic function that treats each row by itself.
+        inputs: The inputs, such as images, with shape (n, ...).
+        chunk: The number of rows at a time.
+
+    Returns:
+        What `function(inputs)` returns, with shape (n, ...).
+    """
+    return chunked(checkpointed(function), inputs, chunk)
+
+
+@final
+class Sampler:
+    """Generates images from prompts and noise, with or without a graph.
+
+    Args:
+        steps: The number of sampling steps T.
+        steps_max: If given, the number of steps is drawn anew for each call, uniformly from `steps` to
+            `steps_max`; the paper trains with 19 to 23.
+        guidance_scale: The scale s of classifier-free guidance; 1 turns it off and halves the cost.
+        gradient: The path of the gradient; the adjusted gradient by default.
+        checkpoint: Whether to save memory by computing the activations of each step again in the backward
+            pass.
+        decode_chunk: The number of images to decode at a time.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        steps: int = 20,
+        steps_max: int | None = None,
+        guidance_scale: float = 7.5,
+        gradient: GradientPath | None = None,
+        checkpoint: bool = True,
+        decode_chunk: int = 8,
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"`steps` must be at least 1, but got {steps}")
+        if steps_max is not None and steps_max < steps:
+            raise ValueError(f"`steps_max` must be at least `steps` ({steps}), but got {steps_max}")
+        if decode_chunk < 1:
+            raise ValueError(f"`decode_chunk` must be at least 1, but got {decode_chunk}")
+        self.steps = steps
+        self.steps_max = steps if steps_max is None else steps_max
+        self.guidance_scale = guidance_scale
+        self.gradient = gradient or GradientPath.adjusted()
+        self.checkpoint = checkpoint
+        self.decode_chunk = decode_chunk
+
+    def draw_steps(self, generator: Generator | None = None) -> int:
+        """Draws a number of steps, from `steps` to `steps_max`; calls to be compared must share one draw."""
+        return int(torch.randint(self.steps, self.steps_max + 1, (), generator=generator))
+
+    def __call__(
+        self,
+        model: TextToImage,
+        prompts: str | Sequence[str],
+        noise: Tensor,
+        steps: int | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Generates one image for each row of `noise`.
+
+        Args:
+            model: The text-to-image model, loaded.
+            prompts: One prompt P for all images, or one for each of the n images.
+            noise: The initial latents z_T ~ N(0, I), with shape (n, C, h, w).
+            steps: The number of sampling steps T; by default drawn by `draw_steps`.
+            generator: A CPU random generator that draws the number of steps and the steps that carry
+                gradient; the global one by default. It does not touch the images otherwise.
+
+        Returns:
+            The images x, with shape (n, 3, H, W), in [0, 1]. They carry a graph if gradients are enabled.
+
+        Raises:
+            ValueError: If there are several prompts, but not one for each image.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if len(prompts) not in (1, len(noise)):
+            raise ValueError(
+                f"`prompts` must be one, or one for each of the {len(noise)} images; got {len(prompts)}"
+            )
+        embeddings = model.encode([*prompts, ""])
+        conditioning = embeddings[:-1].expand(len(noise), -1, -1)
+        unconditional = embeddings[-1:].expand(len(noise), -1, -1)
+
+        steps = self.draw_steps(generator) if steps is None else steps
+        scheduler = copy.deepcopy(model.scheduler)  # it keeps the history of its multistep solver
+        scheduler.set_timesteps(steps, device=noise.device)
+        path = self._path(model.scheduler, steps, len(scheduler.timesteps), generator)
+
+        latents = noise * scheduler.init_noise_sigma
+        for timestep, scale in zip(scheduler.timesteps, path, strict=True):
+            inputs = scheduler.scale_model_input(latents, timestep)
+            prediction = self._predict(model, inputs, timestep, conditioning, unconditional, scale)
+            latents = scheduler.step(prediction, timestep, latents).prev_sample
+        return chunked(self._wrap(model.decode), latents, self.decode_chunk)
+
+    def _path(
+        self, scheduler: Any, steps: int, total: int, generator: Generator | None
+    ) -> list[float | None]:
+        """Returns for each step the factor of its gradient, or None if it carries none."""
+        if not torch.is_grad_enabled():
+            return [None] * total
+        selected = self.gradient.select(total, generator).tolist()
+        scales = self.gradient.scales(scheduler, steps).tolist()
+        return [scale if carries else None for carries, scale in zip(selected, scales, strict=True)]
+
+    def _predict(
+        self,
+        model: TextToImage,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Tensor,
+        unconditional: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """Predicts the guided noise ε_t, without a graph if `scale` is None."""
+        if scale is None:
+            with torch.no_grad():
+                return model.guided(latents, timestep, conditioning, unconditional, self.guidance_scale)
+        if not self.gradient.coupled:
+            latents = latents.detach()
+        guided = self._wrap(model.guided)
+        prediction = guided(latents, timestep, conditioning, unconditional, self.guidance_scale)
+        return scale_gradient(prediction, scale)
+
+    def _wrap(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return checkpointed(function) if self.checkpoint else function

@@ -1,0 +1,201 @@
+"""The frozen model: loading, noise and guidance, and what happens where there is no model."""
+
+import shutil
+import time
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi
+from tiny import build_tiny_pipeline
+from torch.testing import assert_close
+
+from fairness_dft.diffusion import StableDiffusion
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return build_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> StableDiffusion:
+    return load(folder)
+
+
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    def unreachable(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+
+
+def load(folder: Path | str, *arguments, **options) -> StableDiffusion:
+    model = StableDiffusion(str(folder), *arguments, **options)
+    model.load()
+    return model
+
+
+def test_shapes_and_ranges(model: StableDiffusion) -> None:
+    assert model.latent_shape == (4, 8, 8)
+    conditioning = model.encode(["a chef", "", "a photo of a nurse"])
+    assert conditioning.shape == (3, 16, 16)
+    latents = 3 * model.noise(torch.arange(3))
+    assert model.denoise(latents, torch.tensor(500), conditioning).shape == latents.shape
+    images = model.decode(latents)
+    assert images.shape == (3, 3, 16, 16)
+    assert images.min() >= 0 and images.max() <= 1
+
+
+def test_base_is_frozen_and_stays_in_evaluation_mode(model: StableDiffusion) -> None:
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.train()
+    assert not any(module.training for module in model.modules())
+
+
+def test_constructor_loads_nothing_and_loading_twice_changes_nothing(folder: Path) -> None:
+    model = StableDiffusion(str(folder))
+    assert list(model.parameters()) == []
+    model.load()
+    unet = model.unet
+    model.load()
+    assert model.unet is unet
+
+
+def test_path_is_relative_to_the_working_directory(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert load(folder.name).latent_shape == (4, 8, 8)
+
+
+def test_long_prompts_are_truncated_as_in_the_pipeline(model: StableDiffusion) -> None:
+    long = "a photo of the face of a chef, a person"
+    pipeline = diffusers.StableDiffusionPipeline(
+        model.vae, model.text_encoder, model.tokenizer, model.unet, model.scheduler, None, None, None, False
+    )
+    expected, unconditional = pipeline.encode_prompt(long, "cpu", 1, True)
+    assert_close(model.encode([long, ""]), torch.cat((expected, unconditional)))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_noise_is_that_of_diffusers_and_does_not_depend_on_the_batch(
+    model: StableDiffusion, count: int
+) -> None:
+    seeds = torch.randint(2**40, (count,))
+    noise = model.noise(seeds)
+    assert noise.shape == (count, 4, 8, 8)
+    for latent, seed in zip(noise, seeds.tolist(), strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        assert_close(latent[None], randn_tensor((1, 4, 8, 8), [generator]), rtol=0, atol=0)
+    assert_close(model.noise(seeds.flip(0)), noise.flip(0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 7.5])
+def test_guidance_is_its_formula(model: StableDiffusion, guidance_scale: float) -> None:
+    latents, timestep = model.noise(torch.arange(2)), torch.tensor(300)
+    conditioning, unconditional = model.encode(["a chef", "a nurse"]), model.encode(["", ""])
+    with_prompt = model.denoise(latents, timestep, conditioning)
+    without = model.denoise(latents, timestep, unconditional)
+    guided = model.guided(latents, timestep, conditioning, unconditional, guidance_scale)
+    expected = without + guidance_scale * (with_prompt - without)
+    assert_close(guided, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_scheduler_has_the_settings_of_the_model(tmp_path: Path, name: str) -> None:
+    scheduler = load(build_tiny_pipeline(tmp_path, prediction_type="v_prediction"), name).scheduler
+    assert type(scheduler).__name__ == name
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.beta_schedule == "scaled_linear"
+    assert scheduler.config.beta_end == 0.012
+
+
+def test_half_precision_storage_is_loaded_in_the_precision_asked_for(
+    tmp_path: Path, model: StableDiffusion
+) -> None:
+    stored = load(build_tiny_pipeline(tmp_path, dtype=torch.float16))
+    assert {parameter.dtype for parameter in stored.parameters()} == {torch.float32}
+    for parameter, original in zip(stored.parameters(), model.parameters(), strict=True):
+        assert_close(parameter, original, rtol=1e-3, atol=1e-4)
+    half = load(tmp_path, weights_dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_resolution_sets_the_size_of_latents_and_images(folder: Path) -> None:
+    model = load(folder, resolution=24)
+    assert model.latent_shape == (4, 12, 12)
+    assert model.decode(model.noise(torch.arange(1))).shape == (1, 3, 24, 24)
+
+
+@pytest.mark.parametrize("resolution", [0, -2, 15])
+def test_resolution_must_fit(folder: Path, resolution: int) -> None:
+    with pytest.raises(ValueError, match=f"`resolution` must be a multiple of 2 .* got {resolution}"):
+        load(folder, resolution=resolution)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "StableDiffusionPipeline", "SchedulerMixinn", "__version__"])
+def test_unknown_scheduler(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"`scheduler` must be .* such as .*DDIMScheduler.* got '{name}'"):
+        load(folder, name)
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(
+        ValueError, match="`weights_dtype` must be float32, float16 or bfloat16, but got 'int8'"
+    ):
+        StableDiffusion(weights_dtype="int8")
+
+
+@pytest.mark.parametrize("path", ["stable-diffusion-v1-5/no-such-model", "./no/such/folder", "two words"])
+def test_model_that_is_nowhere(offline, path: str, capfd) -> None:
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="no such folder, nor within reach") as caught:
+        load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"Could not load the text-to-image model {path!r} (")
+    for way_out in (
+        "hf download",
+        "--model.generator.init_args.path",
+        "--config experiments/parts/portraits.yaml",
+    ):
+        assert way_out in message
+    assert time.perf_counter() - start < 10
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "unet",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer",
+        "scheduler",
+    ],
+)
+def test_folder_that_is_incomplete(folder: Path, tmp_path: Path, broken: str, capfd) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    target = copy / broken
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    with pytest.raises(ValueError, match="Could not load the text-to-image model .*copy") as caught:
+        load(copy)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="Could not load the text-to-image model") as caught:
+        load(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_is_asked_only_if_there_is_no_folder(folder: Path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(HfApi, "model_info", lambda self, path, **options: asked.append(path))
+    load(folder)
+    assert asked == []
