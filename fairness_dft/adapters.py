@@ -139,9 +139,7 @@ class Adapter(ABC):
         tensors = self.tensors(name)
         if state.keys() != tensors.keys():
             odd = sorted(state.keys() ^ tensors.keys())
-            raise ValueError(
-                f"the state is of another adapter: {len(odd)} tensors do not match, such as {odd[0]}"
-            )
+            raise ValueError(f"the state is of another adapter: {len(odd)} tensors do not match, such as {odd[0]}")
         for key, tensor in tensors.items():
             if state[key].shape != tensor.shape:
                 shapes = f"{tuple(tensor.shape)}, but got {tuple(state[key].shape)}"

@@ -149,9 +149,7 @@ class StableDiffusion(TextToImage):
     ) -> None:
         super().__init__()
         if weights_dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(
-                f"`weights_dtype` must be float32, float16 or bfloat16, but got {weights_dtype!r}"
-            )
+            raise ValueError(f"`weights_dtype` must be float32, float16 or bfloat16, but got {weights_dtype!r}")
         self.path = path
         self.scheduler_name = scheduler
         self.resolution = resolution
@@ -197,9 +195,7 @@ class StableDiffusion(TextToImage):
         if self.resolution is None:
             return (self.unet.config.sample_size,) * 2
         if self.resolution < factor or self.resolution % factor:
-            raise ValueError(
-                f"`resolution` must be a multiple of {factor} for this model, but got {self.resolution}"
-            )
+            raise ValueError(f"`resolution` must be a multiple of {factor} for this model, but got {self.resolution}")
         return (self.resolution // factor,) * 2
 
     @override
@@ -218,9 +214,7 @@ class StableDiffusion(TextToImage):
     @override
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Tensor) -> Tensor:
         dtype = self.unet.dtype
-        prediction = self.unet(
-            latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype)
-        ).sample
+        prediction = self.unet(latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype)).sample
         # The recursion of the scheduler stays in the precision of the latents.
         return prediction.to(latents.dtype)
 
@@ -241,9 +235,7 @@ def find_scheduler(name: str) -> Any:
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
         usual = "DPMSolverMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler"
-        raise ValueError(
-            f"`scheduler` must be the name of a diffusers scheduler, such as {usual}, but got {name!r}"
-        )
+        raise ValueError(f"`scheduler` must be the name of a diffusers scheduler, such as {usual}, but got {name!r}")
     return found
 
 

@@ -204,10 +204,8 @@ class GradientPath:
         """
         if self.steps == "all":
             return torch.ones(total, dtype=torch.bool)
-        if self.steps == "random":
-            order = torch.randperm(total, generator=generator)
-        else:
-            order = torch.arange(total).flip(0)
+        backwards = torch.arange(total).flip(0)
+        order = torch.randperm(total, generator=generator) if self.steps == "random" else backwards
         count = self.count or int(torch.randint(1, total + 1, (), generator=generator))
         selected = torch.zeros(total, dtype=torch.bool)
         selected[order[:count]] = True

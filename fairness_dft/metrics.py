@@ -79,9 +79,7 @@ def _floor(images: int, classes: int) -> float:
     return float(binom.pmf(in_pair, images, 2 / classes) @ distance) / images
 
 
-def bootstrap_interval(
-    counts: Tensor, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(counts: Tensor, level: float = 0.95, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Bootstrap interval of the mean bias over prompts and images.
 
     A confidence interval for the *expected* mean bias of audits like this one: other prompts of the same
@@ -114,9 +112,7 @@ def bootstrap_interval(
         ValueError: if an argument is not as described.
     """
     if counts.ndim != 2 or (counts < 0).any():
-        raise ValueError(
-            f"`counts` must be non-negative with shape (prompts, classes), but got {counts.tolist()}"
-        )
+        raise ValueError(f"`counts` must be non-negative with shape (prompts, classes), but got {counts.tolist()}")
     if not 0 < level < 1 or draws < 1:
         raise ValueError(f"`level` must be in (0, 1) and `draws` at least 1, but got {level} and {draws}")
     _check_classes(counts.shape[1])
@@ -287,8 +283,7 @@ class FairnessMetric(Metric):
         visible = classes[face]
         if ((visible < 0) | (visible >= len(self.classes))).any():
             raise ValueError(
-                f"`classes` must be in [0, {len(self.classes)}) where there is a face, "
-                f"but got {visible.tolist()}"
+                f"`classes` must be in [0, {len(self.classes)}) where there is a face, but got {visible.tolist()}"
             )
         one_hot = torch.nn.functional.one_hot(visible.long(), len(self.classes))
         self.counts[prompt_index] += one_hot.sum(dim=0)

@@ -216,9 +216,7 @@ def _prompts(path: Path, data: dict[str, Any], split: str) -> tuple[Prompt, ...]
     if not isinstance(templates, list) or not all(map(_is_text, templates)):
         raise ValueError(f'{path}: "templates" must be a list of strings, each with {placeholder} in it')
     if lacking := [template for template in templates if placeholder not in template]:
-        raise ValueError(
-            f"{path}: the template {_quoted(lacking)} lacks its placeholder; write {placeholder} in it"
-        )
+        raise ValueError(f"{path}: the template {_quoted(lacking)} lacks its placeholder; write {placeholder} in it")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{path}: "{split}" must be a list with at least one entry; fill it or leave it out')
     prompts: list[Prompt] = []
@@ -229,11 +227,7 @@ def _prompts(path: Path, data: dict[str, Any], split: str) -> tuple[Prompt, ...]
         if _is_text(entry):
             subject = entry.strip()
             prompts += [Prompt(text.replace(placeholder, subject), subject, concept) for text in templates]
-        elif (
-            isinstance(entry, dict)
-            and set(entry) == {"subject", "text"}
-            and all(map(_is_text, entry.values()))
-        ):
+        elif isinstance(entry, dict) and set(entry) == {"subject", "text"} and all(map(_is_text, entry.values())):
             prompts.append(Prompt(entry["text"].strip(), entry["subject"].strip(), concept))
         else:
             raise ValueError(f'{where} is {entry!r}; write a string or {{"subject": "...", "text": "..."}}')
@@ -398,14 +392,10 @@ class PromptModule(LightningDataModule):
         _check_at_least(1, **{f"{split}_prompts": count for split, count in self.limits.items()})
         _check_at_least(1, files=len(files), weights=min(self.weights, default=1))
         if len(self.weights) != len(files):
-            raise ValueError(
-                f"weights must be one number a file, but {len(files)} files have {len(self.weights)}"
-            )
+            raise ValueError(f"weights must be one number a file, but {len(files)} files have {len(self.weights)}")
         self.lists = [PromptList.from_file(file) for file in files]
         self.train_subjects = train_subjects and resolve(train_subjects)
-        self.kept = (
-            {_normalise(line) for line in _lines(self.train_subjects)} if self.train_subjects else None
-        )
+        self.kept = {_normalise(line) for line in _lines(self.train_subjects)} if self.train_subjects else None
 
     def prompts(self, split: str) -> list[Prompt]:
         """Returns the prompts of a split, file after file; `PromptBatch.index` counts them in this order.
@@ -425,9 +415,7 @@ class PromptModule(LightningDataModule):
             pairs += [(prompt, weight) for prompt in chosen[: self.limits[split]]]
         if not pairs:
             paths = ", ".join(str(prompt_list.path) for prompt_list in self.lists)
-            raise ValueError(
-                f"{self.train_subjects}: names no training subject of {paths}; one subject a line"
-            )
+            raise ValueError(f"{self.train_subjects}: names no training subject of {paths}; one subject a line")
         return pairs
 
     def _keeps(self, prompt: Prompt, split: str) -> bool:
@@ -442,9 +430,7 @@ class PromptModule(LightningDataModule):
         """
         used = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:]}
         for split in used.get(stage, ()):
-            _check_divides(
-                split, getattr(self, IMAGES[split]), self.trainer.world_size if self.trainer else 1
-            )
+            _check_divides(split, getattr(self, IMAGES[split]), self.trainer.world_size if self.trainer else 1)
 
     @override
     def train_dataloader(self) -> TrainingPromptLoader:
@@ -517,7 +503,5 @@ class MixedPrompts(PromptModule):
         weights: how many times the training prompts of each file come in an epoch, one number a file.
     """
 
-    def __init__(
-        self, files: list[str] = PAPER_FILES, weights: list[int] = PAPER_WEIGHTS, **kwargs: Any
-    ) -> None:
+    def __init__(self, files: list[str] = PAPER_FILES, weights: list[int] = PAPER_WEIGHTS, **kwargs: Any) -> None:
         super().__init__(files=files, weights=weights, **kwargs)

@@ -121,9 +121,7 @@ class Sampler:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if len(prompts) not in (1, len(noise)):
-            raise ValueError(
-                f"`prompts` must be one, or one for each of the {len(noise)} images; got {len(prompts)}"
-            )
+            raise ValueError(f"`prompts` must be one, or one for each of the {len(noise)} images; got {len(prompts)}")
         embeddings = model.encode([*prompts, ""])
         conditioning = embeddings[:-1].expand(len(noise), -1, -1)
         unconditional = embeddings[-1:].expand(len(noise), -1, -1)
@@ -140,9 +138,7 @@ class Sampler:
             latents = scheduler.step(prediction, timestep, latents).prev_sample
         return chunked(self._wrap(model.decode), latents, self.decode_chunk)
 
-    def _path(
-        self, scheduler: Any, steps: int, total: int, generator: Generator | None
-    ) -> list[float | None]:
+    def _path(self, scheduler: Any, steps: int, total: int, generator: Generator | None) -> list[float | None]:
         """Returns for each step the factor of its gradient, or None if it carries none."""
         if not torch.is_grad_enabled():
             return [None] * total

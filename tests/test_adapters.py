@@ -176,9 +176,7 @@ def test_exported_file_gives_the_same_images_in_the_pipeline(
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(path.parent)
-    loaded = pipeline(
-        "a chef", num_images_per_prompt=2, num_inference_steps=3, latents=noise, output_type="pt"
-    )
+    loaded = pipeline("a chef", num_images_per_prompt=2, num_inference_steps=3, latents=noise, output_type="pt")
     assert_close(images, loaded.images, rtol=1e-4, atol=1e-5)
     assert (images - original).abs().max() > 1e-2
 

@@ -80,9 +80,7 @@ def test_long_prompts_are_truncated_as_in_the_pipeline(model: StableDiffusion) -
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_noise_is_that_of_diffusers_and_does_not_depend_on_the_batch(
-    model: StableDiffusion, count: int
-) -> None:
+def test_noise_is_that_of_diffusers_and_does_not_depend_on_the_batch(model: StableDiffusion, count: int) -> None:
     seeds = torch.randint(2**40, (count,))
     noise = model.noise(seeds)
     assert noise.shape == (count, 4, 8, 8)
@@ -112,9 +110,7 @@ def test_scheduler_has_the_settings_of_the_model(tmp_path: Path, name: str) -> N
     assert scheduler.config.beta_end == 0.012
 
 
-def test_half_precision_storage_is_loaded_in_the_precision_asked_for(
-    tmp_path: Path, model: StableDiffusion
-) -> None:
+def test_half_precision_storage_is_loaded_in_the_precision_asked_for(tmp_path: Path, model: StableDiffusion) -> None:
     stored = load(build_tiny_pipeline(tmp_path, dtype=torch.float16))
     assert {parameter.dtype for parameter in stored.parameters()} == {torch.float32}
     for parameter, original in zip(stored.parameters(), model.parameters(), strict=True):
@@ -142,9 +138,7 @@ def test_unknown_scheduler(folder: Path, name: str) -> None:
 
 
 def test_unknown_precision() -> None:
-    with pytest.raises(
-        ValueError, match="`weights_dtype` must be float32, float16 or bfloat16, but got 'int8'"
-    ):
+    with pytest.raises(ValueError, match="`weights_dtype` must be float32, float16 or bfloat16, but got 'int8'"):
         StableDiffusion(weights_dtype="int8")
 
 

@@ -34,9 +34,7 @@ def ddim_coefficients(scheduler, steps: int) -> torch.Tensor:
     stride = scheduler.config.num_train_timesteps // steps
     now = scheduler.alphas_cumprod.double()[scheduler.timesteps]
     before = [t - stride for t in scheduler.timesteps.tolist()]
-    then = torch.stack(
-        [scheduler.alphas_cumprod[t] if t >= 0 else scheduler.final_alpha_cumprod for t in before]
-    )
+    then = torch.stack([scheduler.alphas_cumprod[t] if t >= 0 else scheduler.final_alpha_cumprod for t in before])
     then = then.double()
     added = (1 - then).sqrt() - (then * (1 - now) / now).sqrt()
     return added * (then[-1] / then).sqrt()

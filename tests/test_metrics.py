@@ -67,9 +67,7 @@ def test_floor_equals_monte_carlo(images: int, classes: int) -> None:
     assert abs(float(finite_sample_floor(images, classes)) - float(simulated.mean())) <= 5 * error + 1e-6
 
 
-@pytest.mark.parametrize(
-    ("images", "classes", "floor"), [(60, 2, 0.10), (24, 2, 0.16), (80, 4, 0.06), (160, 8, 0.03)]
-)
+@pytest.mark.parametrize(("images", "classes", "floor"), [(60, 2, 0.10), (24, 2, 0.16), (80, 4, 0.06), (160, 8, 0.03)])
 def test_floors_of_the_paper_s_audits(images: int, classes: int, floor: float) -> None:
     assert round(float(finite_sample_floor(images, classes)), 2) == floor
 
@@ -138,9 +136,7 @@ def test_interval_holds_the_estimate_and_repeats() -> None:
 
 def test_interval_leaves_out_prompts_without_faces() -> None:
     counts = torch.tensor([[20, 4], [3, 21], [12, 12]])
-    assert bootstrap_interval(
-        torch.cat([counts, torch.zeros(2, 2, dtype=torch.int64)])
-    ) == bootstrap_interval(counts)
+    assert bootstrap_interval(torch.cat([counts, torch.zeros(2, 2, dtype=torch.int64)])) == bootstrap_interval(counts)
     assert all(math.isnan(end) for end in bootstrap_interval(torch.zeros(3, 2)))
     assert all(math.isnan(end) for end in bootstrap_interval(torch.zeros(0, 2)))
 
@@ -274,9 +270,7 @@ def test_bias_of_one_class_is_refused() -> None:
         lambda: bootstrap_interval(torch.ones(3, 1)),
         lambda: FairnessMetric(("a",), prompts=3),
     ):
-        with pytest.raises(
-            ValueError, match="`classes` must be at least 2 for a bias between them, but got 1"
-        ):
+        with pytest.raises(ValueError, match="`classes` must be at least 2 for a bias between them, but got 1"):
             call()
 
 

@@ -51,9 +51,7 @@ def write(tmp_path, content, name="prompts.json"):
     return str(path)
 
 
-FILLERS = re.compile(
-    "an?|and|at|by|for|in|of|on|or|other|related|the|to|with|playing|doing|performing|competing"
-)
+FILLERS = re.compile("an?|and|at|by|for|in|of|on|or|other|related|the|to|with|playing|doing|performing|competing")
 TRIVIAL = "assistant chief custom hand head junior parts product professional retail senior"
 
 
@@ -80,9 +78,7 @@ def test_the_near_duplicate_check_finds_what_it_should():
 def test_shipped_splits_have_no_near_duplicates(name):
     splits = PromptList.from_file(FOLDER / name).splits
     by_text = name in ("occupations_in_context.json", "unlike.json")
-    phrases = {
-        split: [prompt.text if by_text else prompt.subject for prompt in splits[split]] for split in splits
-    }
+    phrases = {split: [prompt.text if by_text else prompt.subject for prompt in splits[split]] for split in splits}
     stems = {phrase: words(phrase) for own in phrases.values() for phrase in own}
     for split, own in phrases.items():
         assert len({stems[phrase] for phrase in own}) == len(own)
@@ -250,9 +246,7 @@ def test_seeds_are_distinct_over_everything_they_depend_on():
 
 @pytest.mark.parametrize("count", [0, 1, 7, 24])
 def test_seeds_do_not_depend_on_how_many(count):
-    assert_close(
-        noise_seeds(3, "test", 0, 8, 60)[:count], noise_seeds(3, "test", 0, 8, count), rtol=0, atol=0
-    )
+    assert_close(noise_seeds(3, "test", 0, 8, 60)[:count], noise_seeds(3, "test", 0, 8, count), rtol=0, atol=0)
 
 
 def test_seeds_stay_what_they_are():
@@ -275,9 +269,7 @@ def contents(loader):
 
 def training(count=5, repeats=None, start=0, seed=0, images_per_prompt=4, **ranks):
     repeats = repeats or [1] * count
-    return TrainingPromptLoader(
-        repeats, start, jobs(count), seed=seed, images_per_prompt=images_per_prompt, **ranks
-    )
+    return TrainingPromptLoader(repeats, start, jobs(count), seed=seed, images_per_prompt=images_per_prompt, **ranks)
 
 
 @pytest.mark.parametrize("repeats", [[1], [1, 1], [1, 1, 1, 1, 1], [3, 1, 2], [20]])
@@ -405,8 +397,7 @@ def test_train_subjects_filter_training_alone(tmp_path):
     data = OccupationPrompts(train_subjects=subjects)
     assert [prompt.subject for prompt in data.prompts("train")] == ["chef", "welder"]
     assert [
-        prompt.subject
-        for prompt in OccupationPrompts(train_subjects=subjects, train_prompts=1).prompts("train")
+        prompt.subject for prompt in OccupationPrompts(train_subjects=subjects, train_prompts=1).prompts("train")
     ] == ["chef"]
     assert data.prompts("test") == OccupationPrompts().prompts("test")
     assert {prompt.subject for prompt in MixedPrompts(train_subjects=subjects).prompts("train")} == {
@@ -487,10 +478,7 @@ class Recorder(LightningModule):
 
 
 def data_module(tmp_path):
-    subjects = {
-        split: [f"{split} {number}" for number in range(count)]
-        for split, count in (("train", 5), ("test", 2))
-    }
+    subjects = {split: [f"{split} {number}" for number in range(count)] for split, count in (("train", 5), ("test", 2))}
     path = write(tmp_path, {"concept": "job", "templates": ["a {job}"], "validation": ["v", "w"], **subjects})
     return OccupationPrompts(file=path, images_per_prompt=4, validation_images_per_prompt=2)
 
@@ -506,9 +494,7 @@ QUIET = {
 
 def fit(tmp_path, recorder, callbacks=(), checkpoint=None, **settings):
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    settings = (
-        QUIET | {"max_epochs": 3, "enable_checkpointing": saves, "callbacks": list(callbacks)} | settings
-    )
+    settings = QUIET | {"max_epochs": 3, "enable_checkpointing": saves, "callbacks": list(callbacks)} | settings
     trainer = Trainer(default_root_dir=tmp_path, **settings)
     trainer.fit(recorder, data_module(tmp_path), ckpt_path=checkpoint, weights_only=False)
     return recorder

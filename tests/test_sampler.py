@@ -66,9 +66,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def toy_noise(count: int = 3) -> torch.Tensor:
-    return torch.randn(
-        count, *Toy.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
+    return torch.randn(count, *Toy.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def toy_loss(images: torch.Tensor) -> torch.Tensor:
@@ -209,9 +207,7 @@ def test_each_image_follows_its_own_prompt(toy: Toy) -> None:
 def test_guidance_scale_one_calls_the_network_with_one_batch(toy: Toy, monkeypatch) -> None:
     sizes = []
     denoise = toy.denoise
-    monkeypatch.setattr(
-        toy, "denoise", lambda latents, *rest: sizes.append(len(latents)) or denoise(latents, *rest)
-    )
+    monkeypatch.setattr(toy, "denoise", lambda latents, *rest: sizes.append(len(latents)) or denoise(latents, *rest))
     with torch.no_grad():
         for scale in (1.0, 2.0):
             Sampler(steps=1, guidance_scale=scale)(toy, "a chef", toy_noise(3))
@@ -272,9 +268,7 @@ SCHEDULERS = ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteSche
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
-def test_same_seeds_give_the_images_of_the_pipeline(
-    folder: Path, scheduler: str, guidance_scale: float
-) -> None:
+def test_same_seeds_give_the_images_of_the_pipeline(folder: Path, scheduler: str, guidance_scale: float) -> None:
     prompt, seeds = "a photo of a nurse, a person", [3, 1, 4]
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -322,9 +316,7 @@ def test_stable_diffusion_trains_only_the_adapter(folder: Path, scheduler: str, 
 
 
 @pytest.mark.parametrize("weights_dtype", ["bfloat16", "float16"])
-def test_half_precision_weights_leave_latents_and_gradients_in_float32(
-    folder: Path, weights_dtype: str
-) -> None:
+def test_half_precision_weights_leave_latents_and_gradients_in_float32(folder: Path, weights_dtype: str) -> None:
     model, adapter = StableDiffusion(str(folder), weights_dtype=weights_dtype), TextEncoderLoRA(rank=2)
     model.load()
     adapter.attach(model)

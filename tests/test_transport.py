@@ -61,9 +61,7 @@ def test_closed_form_equals_enumeration(images: int, share: float) -> None:
     cost = transport_cost(random_probabilities(images, 2).numpy())
     counts = enumerate_counts(images, 2)
     enumerated = mean_assignment(cost, counts, binom.pmf(counts[:, 1], images, share))
-    np.testing.assert_allclose(
-        expected_assignment(cost, np.array([1 - share, share])), enumerated, atol=1e-12
-    )
+    np.testing.assert_allclose(expected_assignment(cost, np.array([1 - share, share])), enumerated, atol=1e-12)
 
 
 @pytest.mark.parametrize("target", [[0.25, 0.25, 0.25, 0.25], [0.4, 0.0, 0.5, 0.1]])
@@ -125,9 +123,7 @@ def test_order_of_images_does_not_matter() -> None:
 @pytest.mark.parametrize("classes", [2, 3])
 def test_ties_are_still_optimal(classes: int) -> None:
     """With equal images q is not unique, but its expected cost and its column sums are."""
-    probabilities = torch.cat(
-        [random_probabilities(1, classes).expand(3, -1), random_probabilities(2, classes)]
-    )
+    probabilities = torch.cat([random_probabilities(1, classes).expand(3, -1), random_probabilities(2, classes)])
     target = [1 / classes] * classes
     cost = torch.from_numpy(transport_cost(probabilities.numpy()))
     targets = expected_targets(probabilities, target).probabilities
@@ -169,9 +165,7 @@ def test_dtype_follows_the_input(dtype: torch.dtype) -> None:
     assert not targets.probabilities.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("images", "classes", "number"), [(0, 3, 1), (3, 1, 1), (4, 2, 5), (5, 3, 21), (32, 4, 6545)]
-)
+@pytest.mark.parametrize(("images", "classes", "number"), [(0, 3, 1), (3, 1, 1), (4, 2, 5), (5, 3, 21), (32, 4, 6545)])
 def test_enumerated_counts(images: int, classes: int, number: int) -> None:
     counts = enumerate_counts(images, classes)
     assert counts.shape == (number, classes)
@@ -200,9 +194,7 @@ def test_enumeration_stays_cheap() -> None:
     [[0.5, 0.6], [0.33, 0.33], [1.5, -0.5], [float("nan"), 0.5], [[0.5, 0.5]], [], [float("inf"), 0.0]],
 )
 def test_bad_target_is_refused(target: list) -> None:
-    with pytest.raises(
-        ValueError, match="`target` must be one non-negative probability per class and sum to one"
-    ):
+    with pytest.raises(ValueError, match="`target` must be one non-negative probability per class and sum to one"):
         expected_targets(torch.full((3, 2), 0.5), target)
 
 

@@ -5,9 +5,7 @@ from pathlib import Path
 import torch
 
 
-def build_tiny_pipeline(
-    folder: Path, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32
-) -> Path:
+def build_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32) -> Path:
     """Saves a pipeline with latents of 4×8×8 and images of 16×16 pixels.
 
     Args:

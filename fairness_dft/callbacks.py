@@ -1,0 +1,332 @@
+"""What watches a run: the average of the adapter, bias, quality, pictures, throughput, adapters on disk.
+
+Validation and test hand every callback the same images, those of the original, the trained and the averaged (EMA)
+model from the same prompts and noise; each callback has one concern.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from fairness_dft.classifiers import Judge
+from fairness_dft.features import Clip
+from fairness_dft.metrics import BiasSummary, FairnessMetric
+from fairness_dft.module import FairFinetuning
+from fairness_dft.prompts import PromptBatch
+from fairness_dft.report import GridRow, comparison_grid
+
+TRAINING, INDEPENDENT = "training", "independent"
+
+
+class AdapterAverage(Callback):
+    """Exponential moving average of the adapter, after every optimizer step.
+
+    It averages the adapter's own tensors alone, which live beside the trained ones in the model and in the
+    checkpoint.
+
+    Args:
+        decay: share of the average that each step keeps, in [0, 1) (paper: 0.996).
+    """
+
+    def __init__(self, decay: float = 0.996) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"adapter_average.decay must be at least 0 and below 1, but got {decay}")
+        self.decay = decay
+        self.averaged_steps = 0
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step > self.averaged_steps:
+            self.averaged_steps = trainer.global_step
+            pl_module.adapter.update_ema(self.decay)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"averaged_steps": self.averaged_steps}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.averaged_steps = state_dict["averaged_steps"]
+
+
+class EvaluationCallback(Callback):
+    """A callback that does the same in validation and in test."""
+
+    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        """Before the first batch; stage is "validation" or "test"."""
+
+    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+        """Images of each model, with shape (N, 3, H, W), in [0, 1], from the batch's prompt and noise."""
+
+    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        """After the last batch."""
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start(trainer, pl_module, "validation")
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        self.see(pl_module, outputs, batch)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.finish(trainer, pl_module, "validation")
+
+    @override
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start(trainer, pl_module, "test")
+
+    @override
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        self.see(pl_module, outputs, batch)
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.finish(trainer, pl_module, "test")
+
+
+class BiasMonitor(EvaluationCallback):
+    """Bias and class frequencies of each model, by the training judge and by one that training never saw.
+
+    Args:
+        attributes: which attributes are watched; those that a judge does not read are left out.
+        independent_judge: a face finder and classifier trained apart from those that training learns from.
+
+    Attributes:
+        summaries: after an evaluation, a `BiasSummary` for each (judge, attribute, model).
+    """
+
+    def __init__(
+        self,
+        attributes: tuple[str, ...] = ("gender", "race", "age"),
+        independent_judge: Judge | None = None,
+    ) -> None:
+        self.attributes = attributes
+        self.independent_judge = independent_judge
+        self.metrics: dict[tuple[str, str, str], FairnessMetric] = {}
+        self.summaries: dict[tuple[str, str, str], BiasSummary] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.independent_judge is not None:
+            self.independent_judge.load()
+            self.independent_judge.to(pl_module.device)
+
+    def judges(self, module: FairFinetuning) -> Iterator[tuple[str, Judge]]:
+        """The judges by name, the training judge first."""
+        yield TRAINING, module.judge
+        if self.independent_judge is not None:
+            yield INDEPENDENT, self.independent_judge.to(module.device)
+
+    def read_by(self, judge: Judge) -> list[str]:
+        """The watched attributes that a judge reads."""
+        return [name for name in self.attributes if name in judge.classifier.heads]
+
+    @override
+    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.metrics = {}
+        loaders = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
+        self.prompts = len(loaders)
+
+    @override
+    @torch.no_grad()
+    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+        for judge_name, judge in self.judges(module):
+            for model, pictures in images.items():
+                verdict = judge(pictures)
+                for attribute in self.read_by(judge):
+                    metric = self.metric((judge_name, attribute, model), judge).to(module.device)
+                    metric.update(batch.index, verdict.classes(attribute), verdict.face)
+
+    def metric(self, key: tuple[str, str, str], judge: Judge) -> FairnessMetric:
+        """The metric of a (judge, attribute, model), made on first use."""
+        if key not in self.metrics:
+            self.metrics[key] = FairnessMetric(judge.classes(key[1]), self.prompts)
+        return self.metrics[key]
+
+    @override
+    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.summaries = {key: metric.compute() for key, metric in self.metrics.items()}
+        prefix = "" if stage == "validation" else "test_"
+        for (judge, attribute, model), summary in self.summaries.items():
+            group = f"{prefix}bias_{attribute}"
+            if judge == TRAINING:
+                aligned = attribute == module.attribute.name and model == "ema" and stage == "validation"
+                module.log(f"{group}/{model}", summary.bias, prog_bar=aligned, rank_zero_only=True)
+                module.log(f"{group}/floor", summary.floor, rank_zero_only=True)
+                for name, share in zip(summary.classes, summary.frequencies, strict=True):
+                    module.log(f"{prefix}frequency_{attribute}/{name}_{model}", share, rank_zero_only=True)
+                without = summary.without_face / max(summary.images, 1)
+                module.log(f"{prefix}faces/without_face_{model}", without, rank_zero_only=True)
+            else:
+                module.log(f"{group}/{model}_independent", summary.bias, rank_zero_only=True)
+
+
+class QualityMonitor(EvaluationCallback):
+    """How much of the image was kept: CLIP-T, similarity to the original image, and the subject.
+
+    CLIP-T is the cosine of image and prompt; the module's feature networks give the cosine of each image with the
+    original model's from the same noise (CLIP-I, DINO). Where a judge also reads the subject of the prompt, such as
+    the occupation, the share of images in which it reads the same as in the original is reported.
+
+    Args:
+        judge: a judge that training never saw, with a head for the subject; none skips the last measure.
+        subject: name of that head.
+
+    Attributes:
+        values: after an evaluation, the mean of each measure by (measure, model).
+    """
+
+    def __init__(self, judge: Judge | None = None, subject: str = "occupation") -> None:
+        self.judge, self.subject = judge, subject
+        self.metrics: dict[tuple[str, str], MeanMetric] = {}
+        self.values: dict[tuple[str, str], float] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.judge is not None:
+            self.judge.load()
+            self.judge.classes(self.subject)
+
+    @override
+    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.metrics = {}
+
+    @override
+    @torch.no_grad()
+    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+        for network in module.features:
+            embeddings = {model: network(pictures) for model, pictures in images.items()}
+            name = type(network).__name__.lower()
+            for model, embedding in embeddings.items():
+                if isinstance(network, Clip):
+                    text = network.embed_text([batch.prompt.text])
+                    self.update(module, ("clip_t", model), (embedding * text).sum(-1))
+                if model != "original":
+                    measure = f"{name}_i" if isinstance(network, Clip) else name
+                    self.update(module, (measure, model), (embedding * embeddings["original"]).sum(-1))
+        if self.judge is not None:
+            judge = self.judge.to(module.device)
+            read = {model: judge(pictures) for model, pictures in images.items()}
+            original = read.pop("original")
+            for model, verdict in read.items():
+                both = verdict.face & original.face
+                same = verdict.classes(self.subject) == original.classes(self.subject)
+                self.update(module, (f"{self.subject}_kept", model), same[both].float())
+
+    def update(self, module: FairFinetuning, key: tuple[str, str], values: Tensor) -> None:
+        """Add values to the mean of a (measure, model), made on first use."""
+        metric = self.metrics.setdefault(key, MeanMetric(nan_strategy="ignore")).to(module.device)
+        if len(values):
+            metric.update(values)
+
+    @override
+    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.values = {key: float(metric.compute()) for key, metric in self.metrics.items()}
+        prefix = "" if stage == "validation" else "test_"
+        for (measure, model), value in self.values.items():
+            module.log(f"{prefix}kept/{measure}_{model}", value, rank_zero_only=True)
+
+
+class ImageGrid(EvaluationCallback):
+    """Pictures of the same prompts from the same noise, before and after, in TensorBoard and as a file.
+
+    Args:
+        prompts: how many prompts, one a row.
+        images: how many images of each model in a row.
+
+    Attributes:
+        file: the picture that the test wrote.
+    """
+
+    def __init__(self, prompts: int = 6, images: int = 12) -> None:
+        self.prompts, self.images = prompts, images
+        self.rows: list[GridRow] = []
+        self.file: Path | None = None
+
+    @override
+    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.rows = []
+
+    @override
+    @torch.no_grad()
+    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+        if len(self.rows) >= self.prompts or not module.trainer.is_global_zero:
+            return
+        row = GridRow(batch.prompt.text)
+        for model in ("original", "ema"):
+            pictures = images[model][: self.images]
+            verdict = module.judge(pictures)
+            classes = torch.where(verdict.face, verdict.classes(module.attribute.name), -1)
+            row.sides[model] = (pictures.float().cpu(), classes.cpu())
+        self.rows.append(row)
+
+    @override
+    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        if not trainer.is_global_zero or not self.rows:
+            return
+        attribute = module.attribute.name
+        grid = comparison_grid(self.rows, attribute, module.judge.classes(attribute))
+        if trainer.log_dir is not None and stage == "test":
+            self.file = Path(trainer.log_dir, "before_after.png")
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(self.file)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):
+                import numpy as np
+
+                logger.experiment.add_image(
+                    f"before_after/{stage}", np.asarray(grid), trainer.global_step, dataformats="HWC"
+                )
+
+
+class AdapterCheckpoint(Callback):
+    """Writes the adapters, trained and averaged, as safetensors that diffusers loads, at every validation and the end.
+
+    They go to adapters/step_000200/{trained,ema}/ in the run's folder.
+    """
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer, pl_module)
+
+    def save(self, trainer: Trainer, module: FairFinetuning) -> None:
+        """Write both adapters, on the first rank."""
+        if trainer.is_global_zero and trainer.log_dir is not None and not trainer.fast_dev_run:
+            folder = Path(trainer.log_dir, "adapters", f"step_{trainer.global_step:06d}")
+            for name in ("trained", "ema"):
+                module.adapter.save(folder / name, name)
+
+
+class Throughput(Callback):
+    """Images per second over whole training steps, backward pass included, in the progress bar and the log."""
+
+    def __init__(self) -> None:
+        self.started = 0.0
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.started = time.monotonic()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, *args: Any
+    ) -> None:
+        images = len(batch.seeds) * trainer.world_size
+        pl_module.log("images_per_second", images / (time.monotonic() - self.started), prog_bar=True)

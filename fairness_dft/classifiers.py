@@ -1,0 +1,219 @@
+"""h, the frozen attribute classifiers: face crops in, one distribution p = softmax(h(x)) an attribute out.
+
+A classifier is a folder in Hugging Face's image-classification layout. Several attributes share one network
+as heads: a label "gender/woman" is the class *woman* of the head *gender*. Unless all labels name a head, there
+is one, named by `attribute`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import final, override
+
+from fairness_dft.diffusion import quiet
+from fairness_dft.faces import FaceFinder, Faces, WholeFrame, whole_frame_boxes
+from fairness_dft.preprocessing import Preprocessing
+from fairness_dft.prompts import resolve
+
+FACE_HEAD, FACE_PRESENT = "face", "present"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge sees in a batch of images.
+
+    Attributes:
+        logits: for each attribute, float with shape (N, K).
+        face: whether the image shows a face, bool with shape (N,); logits mean nothing where it does not.
+        boxes: face regions in pixels (left, top, right, bottom), float with shape (N, 4).
+    """
+
+    logits: dict[str, Tensor]
+    face: Tensor
+    boxes: Tensor
+
+    def probabilities(self, attribute: str) -> Tensor:
+        """p, the class probabilities of one attribute, with shape (N, K)."""
+        return self.logits[attribute].softmax(-1)
+
+    def classes(self, attribute: str) -> Tensor:
+        """The most probable class of one attribute, int64 with shape (N,)."""
+        return self.logits[attribute].argmax(-1)
+
+
+class AttributeClassifier(nn.Module, ABC):
+    """A frozen classifier with one head for each attribute.
+
+    Attributes:
+        heads: class names of each attribute, in the order of the logits; empty until loaded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads: dict[str, tuple[str, ...]] = {}
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the weights, freeze them and fill `heads`; the constructor loads nothing."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Classify, differentiably.
+
+        Args:
+            images: face crops, with shape (N, 3, h, w), in [0, 1].
+
+        Returns:
+            Logits of each head, with shape (N, K).
+        """
+
+    def train(self, mode: bool = True) -> "AttributeClassifier":
+        """Stay in evaluation mode: the classifier is never trained here."""
+        return super().train(False)
+
+
+class ImageClassifier(AttributeClassifier):
+    """A classifier in Hugging Face's image-classification layout.
+
+    Args:
+        path: folder of an `AutoModelForImageClassification` with its preprocessor_config.json.
+        attribute: name of the head of a classifier whose labels name none.
+    """
+
+    def __init__(self, path: str, attribute: str = "gender") -> None:
+        super().__init__()
+        self.path, self.attribute = path, attribute
+
+    def load(self) -> None:
+        """Load the weights, freeze them and read the heads from the labels.
+
+        Raises:
+            ValueError: if the folder holds no image classifier.
+        """
+        from transformers import AutoModelForImageClassification
+
+        if self.heads:
+            return
+        folder = classifier_folder(self.path)
+        self.preprocessing = Preprocessing.from_file(folder / "preprocessor_config.json")
+        try:
+            with quiet():
+                network, found = AutoModelForImageClassification.from_pretrained(
+                    folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                )
+        except Exception as error:  # each file format raises its own
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"the classifier {self.path!r} could not be loaded: {reason}") from error
+        if found["missing_keys"]:  # such as the head of a bare backbone, which would be random
+            missing = ", ".join(sorted(found["missing_keys"]))
+            raise ValueError(f"the classifier {self.path!r} is no image classifier: its weights lack {missing}")
+        self.network = network.requires_grad_(False).eval()
+        self.columns = columns_of_heads(network.config.id2label, self.attribute)
+        self.heads = {head: tuple(columns) for head, columns in self.columns.items()}
+
+    @override
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        logits = self.network(self.preprocessing(images)).logits
+        return {head: logits[:, list(columns.values())] for head, columns in self.columns.items()}
+
+
+def columns_of_heads(id2label: Mapping[int | str, str], attribute: str) -> dict[str, dict[str, int]]:
+    """Which logit belongs to which class of which head, in the order of the logits.
+
+    Args:
+        id2label: the label of each logit, as in a Hugging Face config.
+        attribute: name of the head where the labels name none.
+    """
+    named = all("/" in label for label in id2label.values())
+    heads: dict[str, dict[str, int]] = {}
+    for column, label in sorted((int(column), label) for column, label in id2label.items()):
+        head, _, name = label.partition("/") if named else (attribute, "/", label)
+        heads.setdefault(head, {})[name] = column
+    return heads
+
+
+def classifier_folder(path: str) -> Path:
+    """The local folder of a classifier.
+
+    Raises:
+        ValueError: if it is not there or is no image classifier with its preprocessing.
+    """
+    folder = resolve(path)
+    for file in ("config.json", "preprocessor_config.json"):
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"the classifier {path!r} has no {file}: give a folder in Hugging Face's "
+                "image-classification layout, or run on the miniature with "
+                "--config experiments/parts/portraits.yaml"
+            )
+    return folder
+
+
+class FacePresence(FaceFinder):
+    """Whole frames; a classifier's own "face/present" output says which of them show a face.
+
+    Args:
+        path: folder of a classifier with the labels "face/absent" and "face/present".
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.classifier = ImageClassifier(path)
+
+    def load(self) -> None:
+        """Load the classifier.
+
+        Raises:
+            ValueError: if it has no head that says whether a face is present.
+        """
+        self.classifier.load()
+        if FACE_PRESENT not in self.classifier.heads.get(FACE_HEAD, ()):
+            raise ValueError(f"the classifier {self.classifier.path!r} has no label {FACE_HEAD}/{FACE_PRESENT}")
+
+    def forward(self, images: Tensor) -> Faces:
+        """The images themselves, and whether the classifier sees a face."""
+        present = self.classifier.heads[FACE_HEAD].index(FACE_PRESENT)
+        with torch.no_grad():
+            mask = self.classifier(images)[FACE_HEAD].argmax(-1) == present
+        return Faces(images, whole_frame_boxes(images), mask)
+
+
+@final
+class Judge(nn.Module):
+    """Finds the faces and classifies them: images in, a `Verdict` out.
+
+    Args:
+        classifier: reads the attributes from face crops.
+        faces: finds the faces.
+    """
+
+    def __init__(self, classifier: AttributeClassifier, faces: FaceFinder | None = None) -> None:
+        super().__init__()
+        self.classifier, self.faces = classifier, faces or WholeFrame()
+
+    def load(self) -> None:
+        """Load both parts."""
+        self.classifier.load()
+        self.faces.load()
+
+    def classes(self, attribute: str) -> tuple[str, ...]:
+        """Class names of one attribute.
+
+        Raises:
+            ValueError: if the classifier does not read it.
+        """
+        if attribute not in self.classifier.heads:
+            raise ValueError(
+                f"the classifier does not read {attribute!r}, only {', '.join(self.classifier.heads)}: "
+                "choose one of these, or a classifier with that head"
+            )
+        return self.classifier.heads[attribute]
+
+    def forward(self, images: Tensor) -> Verdict:
+        """Judge images with shape (N, 3, H, W), in [0, 1]; differentiable in the logits."""
+        faces = self.faces(images)
+        return Verdict(self.classifier(faces.crops), faces.mask, faces.boxes)

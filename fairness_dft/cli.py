@@ -1,0 +1,124 @@
+"""The command line: Lightning's CLI with this project's monitors, one line for every mistake, and one run folder."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from fairness_dft.callbacks import (
+    AdapterAverage,
+    AdapterCheckpoint,
+    BiasMonitor,
+    ImageGrid,
+    QualityMonitor,
+    Throughput,
+)
+from fairness_dft.module import FairFinetuning
+from fairness_dft.prompts import PromptModule
+
+MONITORS = {
+    "adapter_average": AdapterAverage,
+    "bias_monitor": BiasMonitor,
+    "quality_monitor": QualityMonitor,
+    "image_grid": ImageGrid,
+    "adapter_checkpoint": AdapterCheckpoint,
+    "throughput": Throughput,
+}
+
+
+class FairnessCLI(LightningCLI):
+    """Builds module, prompts, monitors and trainer from YAML files and flags; later ones win.
+
+    Raises:
+        ValueError: in one line, for any mistake in configuration, before a model is loaded.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            FairFinetuning,
+            PromptModule,
+            subclass_mode_data=True,
+            args=args,
+            run=False,
+            seed_everything_default=0,
+            save_config_kwargs={"config_filename": "config.yaml"},
+            parser_kwargs={
+                "prog": "python -m fairness_dft.fit",
+                "parser_mode": "omegaconf+",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+            },
+            trainer_defaults={"num_sanity_val_steps": 0},
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name, callback in MONITORS.items():
+            parser.add_lightning_class_args(callback, name)
+        parser.add_argument("--name", type=str, default="run", help="Name of the experiment and of its folder.")
+        parser.add_argument("--output", type=str, default="runs", help="Folder that receives all runs.")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume from.")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise ValueError(one_line(error)) from error
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        writable(Path(self.config.output))
+        if self.config.ckpt_path is not None and not Path(self.config.ckpt_path).is_file():
+            raise ValueError(
+                f"--ckpt_path: there is no file {self.config.ckpt_path!r}; checkpoints lie in a run's "
+                "checkpoints/ folder"
+            )
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        if self._get(self.config_init, "trainer.logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(self.config.output, name=self.config.name)
+        return super().instantiate_trainer(**kwargs)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error without its line breaks and without what the parser says about itself."""
+    return " ".join(str(error).split())
+
+
+def writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be written.
+
+    Raises:
+        ValueError: if it cannot be made or holds no new file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"--output: cannot write to {str(folder)!r} ({error.strerror}); choose another folder"
+        ) from None
+
+
+def run_main(main: Any) -> None:
+    """Run a command; a ValueError becomes one line on standard error and exit status 2.
+
+    FAIRNESS_DFT_TRACEBACK=1 shows the whole traceback, for who develops.
+    """
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("FAIRNESS_DFT_TRACEBACK") == "1":
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)

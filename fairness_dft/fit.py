@@ -1,0 +1,52 @@
+"""Finetune a model and measure it: `python -m fairness_dft.fit --config experiments/quickstart.yaml`."""
+
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from lightning.pytorch.cli import ArgsType
+from lightning.pytorch.utilities import rank_zero_info
+
+from fairness_dft.callbacks import BiasMonitor, ImageGrid, QualityMonitor
+from fairness_dft.cli import FairnessCLI, run_main
+from fairness_dft.report import print_results, results, write_json
+
+PACKAGES = ("fairness_dft", "torch", "lightning", "diffusers", "transformers", "peft")
+
+
+def main(args: ArgsType = None) -> None:
+    """Train, test on the test prompts, and write the results into the run's folder.
+
+    Raises:
+        ValueError: in one line, for what the user can mend.
+    """
+    cli = FairnessCLI(args)
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    module.configure_model()
+    started = time.monotonic()
+    trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
+    trained = time.monotonic()
+    trainer.test(module, data, verbose=False)
+    if not trainer.is_global_zero or trainer.log_dir is None:
+        return
+    find = {type(callback): callback for callback in trainer.callbacks}
+    target = dict(zip(module.judge.classes(module.attribute.name), module.target.tolist(), strict=True))
+    run = {
+        "steps": trainer.global_step,
+        "training_seconds": round(trained - started, 1),
+        "test_seconds": round(time.monotonic() - trained, 1),
+        "images_per_prompt": data.images_per_prompt,
+        "test_prompts": [prompt.text for prompt in data.prompts("test")],
+        "machine": platform.platform(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    content = results(module.attribute.name, target, find[BiasMonitor].summaries, find[QualityMonitor].values, run)
+    folder = Path(trainer.log_dir)
+    write_json(folder / "results.json", content)
+    print_results(content)
+    rank_zero_info(f"Pictures: {find[ImageGrid].file}\nResults:  {folder / 'results.json'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

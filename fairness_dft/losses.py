@@ -1,0 +1,108 @@
+"""The losses: distributional alignment, and image semantics beside it.
+
+    L_align = mean of CE(h(x_i), y_i) over the images with a face and confidence c_i ≥ C
+    L_img   = mean of λ_i [(1 − cos(CLIP(x_i), CLIP(o_i))) + (1 − cos(DINO(x_i), DINO(o_i)))]
+
+x_i are the generated `images`, o_i the frozen model's images from the same noise, h(x_i) the classifier's
+`logits`, y_i the dynamic `targets`. λ_i is 1 where x_i need not change class, else `factor1`; the gradient
+that reaches the face region of x_i through L_img is scaled by `factor2` in the same cases.
+
+References:
+    Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), sections 4.1 and 4.3,
+    https://arxiv.org/abs/2311.07604
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fairness_dft.gradients import scale_gradient
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The dynamic targets of this rank's images.
+
+    Attributes:
+        targets: y, the class that an image should become, int64 with shape (N,); any value where not
+            `chosen`.
+        chosen: whether the image shows a face and its target is confident enough, bool with shape (N,).
+        total: number of chosen images over all ranks.
+    """
+
+    targets: Tensor
+    chosen: Tensor
+    total: int
+
+
+def alignment_loss(logits: Tensor, alignment: Alignment, world_size: int = 1) -> Tensor:
+    """L_align, the distributional alignment loss.
+
+    The mean runs over the chosen images of all ranks. Since DDP averages gradients over ranks, this rank's
+    sum is multiplied by `world_size`, so that the gradient is that of one process with the whole batch.
+
+    Args:
+        logits: of the attribute, with shape (N, K).
+        alignment: the dynamic targets of these images.
+        world_size: number of ranks.
+
+    Returns:
+        A scalar; a zero that still carries a graph where no image is chosen.
+    """
+    if not alignment.chosen.any():
+        return logits.sum() * 0
+    chosen = alignment.chosen
+    total = cross_entropy(logits[chosen], alignment.targets[chosen], reduction="sum")
+    return total * world_size / alignment.total
+
+
+def must_change(alignment: Alignment, original_classes: Tensor, both_faces: Tensor) -> Tensor:
+    """Where the image is asked to leave the original's class, or has no confident target to say otherwise.
+
+    Args:
+        alignment: the dynamic targets.
+        original_classes: class of each original image o, int64 with shape (N,).
+        both_faces: whether x and o both show a face, bool with shape (N,); elsewhere nothing need change.
+
+    Returns:
+        bool, with shape (N,).
+    """
+    return both_faces & ~(alignment.chosen & (alignment.targets == original_classes))
+
+
+def semantics_loss(similarities: list[Tensor], changing: Tensor, factor1: float) -> Tensor:
+    """L_img, the image-semantics loss with its dynamic weights.
+
+    Args:
+        similarities: for each feature network the cosines of x_i and o_i, each with shape (N,).
+        changing: see `must_change`, bool with shape (N,).
+        factor1: λ where the image is to change, in [0, 1]; elsewhere λ is 1.
+
+    Returns:
+        A scalar, not negative.
+    """
+    weights = torch.where(changing, factor1, 1.0)
+    distances = sum((1 - cosine for cosine in similarities), torch.zeros_like(weights))
+    return (weights * distances).mean()
+
+
+def scale_face_gradient(images: Tensor, boxes: Tensor, other_boxes: Tensor, changing: Tensor, factor2: float) -> Tensor:
+    """Images unchanged; the gradient inside the face region of changing images is scaled.
+
+    Args:
+        images: x, with shape (N, 3, H, W).
+        boxes: face boxes of x (left, top, right, bottom in pixels), with shape (N, 4).
+        other_boxes: face boxes of o, likewise; the face region is the intersection of both.
+        changing: see `must_change`, bool with shape (N,).
+        factor2: the scale, in [0, 1].
+    """
+    left, top = torch.maximum(boxes[:, :2], other_boxes[:, :2]).unbind(1)
+    right, bottom = torch.minimum(boxes[:, 2:], other_boxes[:, 2:]).unbind(1)
+    rows = torch.arange(images.shape[2], device=images.device) + 0.5
+    columns = torch.arange(images.shape[3], device=images.device) + 0.5
+    inside_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
+    inside_columns = (columns >= left[:, None]) & (columns < right[:, None])
+    region = inside_rows[:, None, :, None] & inside_columns[:, None, None, :] & changing[:, None, None, None]
+    return scale_gradient(images, torch.where(region, factor2, 1.0))

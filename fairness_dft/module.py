@@ -1,0 +1,202 @@
+"""The paper's algorithm as a LightningModule: finetune a text-to-image model towards a distribution of faces.
+
+One training step, for one prompt P and N noises z_T: sample x with the trained model and o with the frozen one; find
+and classify the faces, p = h(x); gather p over ranks and assign the targets y; form L = L_align + λ_img L_img. The
+gradient travels back through the sampler along the path that `sampler.gradient` describes.
+
+References:
+    Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), https://arxiv.org/abs/2311.07604
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fairness_dft.adapters import Adapter, Name, TextEncoderLoRA
+from fairness_dft.attributes import Attribute
+from fairness_dft.classifiers import Judge, Verdict
+from fairness_dft.diffusion import TextToImage
+from fairness_dft.features import FeatureNet
+from fairness_dft.losses import Alignment, alignment_loss, must_change, scale_face_gradient, semantics_loss
+from fairness_dft.metrics import class_bias
+from fairness_dft.prompts import PromptBatch
+from fairness_dft.sampler import Sampler
+from fairness_dft.transport import expected_targets
+
+
+class FairFinetuning(LightningModule):
+    """Finetunes a text-to-image model so that one attribute follows its target distribution.
+
+    Args:
+        generator: the text-to-image model, frozen but for the adapter.
+        judge: finds and classifies the faces that training learns from.
+        attribute: what is aligned, and to which distribution.
+        adapter: what is trained; rank-50 LoRA in the text encoder by default.
+        sampler: how training images are sampled, and the path of the gradient.
+        evaluation_sampler: how images are sampled for validation and test; as in training by default.
+        features: networks whose embeddings of an image should stay as the frozen model's (CLIP and DINO).
+        semantics_weight: λ_img, the weight of that loss (paper: 8, race alone 6).
+        learning_rate: of AdamW.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        draws: number of draws for the transport targets where they cannot be enumerated.
+        seed: seeds the number of sampling steps and the steps that carry gradient.
+    """
+
+    def __init__(
+        self,
+        generator: TextToImage,
+        judge: Judge,
+        attribute: Attribute | None = None,
+        adapter: Adapter | None = None,
+        sampler: Sampler | None = None,
+        evaluation_sampler: Sampler | None = None,
+        features: Sequence[FeatureNet] = (),
+        semantics_weight: float = 8.0,
+        learning_rate: float = 5e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 1e-2,
+        draws: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False
+        self.generator, self.judge, self.features = generator, judge, nn.ModuleList(features)
+        self.attribute = attribute or Attribute()
+        self.adapter = adapter or TextEncoderLoRA()
+        self.sampler = sampler or Sampler()
+        self.evaluation_sampler = evaluation_sampler or self.sampler
+        self.semantics_weight = semantics_weight
+        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
+        self.draws, self.seed = draws, seed
+        self.loaded = False
+
+    @override
+    def configure_model(self) -> None:
+        """Load all networks and attach the adapter, once, on every rank."""
+        if self.loaded:
+            return
+        self.judge.load()
+        self.target = self.attribute.distribution(self.judge.classes(self.attribute.name))
+        for network in self.features:
+            network.load()
+        self.generator.load()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.adapter.attach(self.generator)
+        self.loaded = True
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.adapter.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+        )
+
+    @override
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> STEP_OUTPUT:
+        random = self.randomness()
+        noise, steps = self.generator.noise(batch.seeds), self.sampler.draw_steps(random)
+        original = self.generate("original", batch, noise, steps)
+        images = self.sampler(self.generator, batch.prompt.text, noise, steps, random)
+
+        verdict, before = self.judge(images), self.judge(original)
+        alignment = self.assign(verdict, random)
+        align = alignment_loss(verdict.logits[self.attribute.name], alignment, self.trainer.world_size)
+        semantics = self.image_semantics(images, original, verdict, before, alignment)
+        loss = align + self.semantics_weight * semantics
+
+        self.log("loss/total", loss, prog_bar=True)
+        self.log("loss/semantics", semantics)
+        if alignment.total:  # a batch without any target has no alignment loss, not one of zero
+            self.log("loss/alignment", align)
+        self.log("bias", self.batch_bias(verdict), prog_bar=True)
+        self.log("faces/with_face", verdict.face.float().mean())
+        self.log("faces/with_target", alignment.chosen.float().mean())
+        return loss
+
+    def randomness(self) -> torch.Generator:
+        """Draws of this batch: the same on every rank, and after a resume the same as without it."""
+        batches = self.trainer.fit_loop.total_batch_idx
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + batches)
+
+    @torch.no_grad()
+    def generate(self, name: Name, batch: PromptBatch, noise: Tensor, steps: int | None = None) -> Tensor:
+        """Images of the original, trained or EMA model, without a graph, with shape (N, 3, H, W), in [0, 1]."""
+        sampler = self.sampler if steps else self.evaluation_sampler
+        with self.adapter.using(name):
+            return sampler(self.generator, batch.prompt.text, noise, steps)
+
+    def assign(self, verdict: Verdict, random: torch.Generator) -> Alignment:
+        """Optimal-transport targets of the global batch, and this rank's share of them."""
+        probabilities = self.gather(verdict.probabilities(self.attribute.name).detach())
+        face = self.gather(verdict.face)
+        found = expected_targets(probabilities[face], self.target, self.draws, generator=random)
+        targets = torch.zeros(len(face), dtype=torch.long, device=face.device)
+        chosen = torch.zeros_like(face)
+        targets[face] = found.classes
+        chosen[face] = found.confidence >= self.attribute.confidence
+        here = slice(self.global_rank * len(verdict.face), (self.global_rank + 1) * len(verdict.face))
+        return Alignment(targets[here], chosen[here], int(chosen.sum()))
+
+    def batch_bias(self, verdict: Verdict) -> Tensor:
+        """Bias of this one prompt's images, over all ranks; noisy, for the progress bar."""
+        classes = self.gather(verdict.classes(self.attribute.name))[self.gather(verdict.face)]
+        counts = torch.bincount(classes, minlength=len(self.target))
+        return class_bias(counts / counts.sum().clamp(min=1))
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Rows of all ranks, rank after rank; every rank has the same number."""
+        return self.all_gather(values).flatten(0, 1) if self.trainer.world_size > 1 else values
+
+    def image_semantics(
+        self, images: Tensor, original: Tensor, verdict: Verdict, before: Verdict, alignment: Alignment
+    ) -> Tensor:
+        """L_img of this batch."""
+        changing = must_change(alignment, before.classes(self.attribute.name), verdict.face & before.face)
+        images = scale_face_gradient(images, verdict.boxes, before.boxes, changing, self.attribute.factor2)
+        similarities = []
+        for network in self.features:
+            with torch.no_grad():
+                reference = network(original)
+            similarities.append((network(images) * reference).sum(-1))
+        return semantics_loss(similarities, changing, self.attribute.factor1)
+
+    @override
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
+        return self.compare(batch, ("original", "trained", "ema"))
+
+    @override
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
+        return self.compare(batch, ("original", "ema"))
+
+    def compare(self, batch: PromptBatch, names: Sequence[Name]) -> dict[str, Tensor]:
+        """Images of several models from the same noise; callbacks measure and show them."""
+        noise = self.generator.noise(batch.seeds)
+        return {name: self.generate(name, batch, noise) for name in names}
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The adapter alone, trained and averaged; frozen weights are never saved."""
+        if not self.loaded:
+            return {}
+        return {
+            f"{name}.{key}": tensor
+            for name in ("trained", "ema")
+            for key, tensor in self.adapter.state_dict(name).items()
+        }
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
+        """Load what `state_dict` returned.
+
+        Raises:
+            ValueError: if it belongs to another adapter.
+        """
+        for name in ("trained", "ema"):
+            own = {key.removeprefix(f"{name}."): v for key, v in state_dict.items() if key.startswith(f"{name}.")}
+            self.adapter.load_state_dict(own, name)

@@ -1,0 +1,1 @@
+"""The portrait world: drawn portraits, and a miniature Stable Diffusion trained on them."""

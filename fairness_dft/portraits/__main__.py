@@ -1,0 +1,106 @@
+"""Draw the portrait world and train everything that ships in data/portraits: `python -m fairness_dft.portraits`.
+
+The stages run in the order of `STAGES`; each writes its part and its figures (manifest.json), and reads from disk
+what the earlier ones wrote, so that a single stage can be run again with `--only`.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from transformers.utils import logging
+
+from fairness_dft.portraits.base import base_bias
+from fairness_dft.portraits.judges import train_classifier, train_clip, train_dino
+from fairness_dft.portraits.text_to_image import (
+    make_tokenizer,
+    save_pipeline,
+    train_autoencoder,
+    train_generator,
+)
+from fairness_dft.portraits.training import draw_portraits, save_half
+from fairness_dft.portraits.world import DATA
+
+
+def vae_of(folder: Path) -> AutoencoderKL:
+    """The trained autoencoder, as it was saved."""
+    return AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", torch_dtype=torch.float32).eval()
+
+
+def autoencoder(folder: Path, scale: float) -> dict:
+    """Train the variational autoencoder."""
+    model, figures = train_autoencoder(draw_portraits(int(20_000 * scale), seed=1), int(2_200 * scale), seed=1)
+    save_half(model, folder / "pipeline" / "vae")
+    return figures
+
+
+def generator(folder: Path, scale: float) -> dict:
+    """Train text encoder and U-Net, and save the whole pipeline."""
+    pipeline, figures = train_generator(
+        vae_of(folder), draw_portraits(int(40_000 * scale), seed=2), int(9_000 * scale), seed=2
+    )
+    save_pipeline(pipeline, folder / "pipeline")
+    return figures
+
+
+def training_classifier(folder: Path, scale: float) -> dict:
+    """Train the classifier that finetuning learns from."""
+    return train_classifier("training", vae_of(folder), folder / "classifier_training", scale)
+
+
+def evaluation_classifier(folder: Path, scale: float) -> dict:
+    """Train the classifier that only evaluates; it also names the occupation."""
+    return train_classifier("evaluation", vae_of(folder), folder / "classifier_evaluation", scale)
+
+
+def clip(folder: Path, scale: float) -> dict:
+    """Train the CLIP model (CLIP-T, CLIP-I)."""
+    captions = draw_portraits(int(40_000 * scale), seed=2).captions
+    return train_clip(vae_of(folder), make_tokenizer(captions), folder / "clip", scale)
+
+
+def dino(folder: Path, scale: float) -> dict:
+    """Train the DINO stand-in."""
+    return train_dino(vae_of(folder), folder / "dino", scale)
+
+
+def bias(folder: Path, scale: float) -> dict:
+    """Measure the bias of what was trained, before any finetuning."""
+    return base_bias(folder, max(4, int(48 * scale)))
+
+
+STAGES: dict[str, Callable[[Path, float], dict]] = {
+    "autoencoder": autoencoder,
+    "generator": generator,
+    "training_classifier": training_classifier,
+    "evaluation_classifier": evaluation_classifier,
+    "clip": clip,
+    "dino": dino,
+    "base_bias": bias,
+}
+
+
+def main() -> None:
+    """Parse the command line and run the stages."""
+    logging.set_verbosity_error()
+    parser = argparse.ArgumentParser(prog="python -m fairness_dft.portraits", description=__doc__)
+    parser.add_argument("--output", type=Path, default=DATA, help="folder to write (default: data/portraits)")
+    parser.add_argument("--only", choices=STAGES, action="append", help="run this stage alone (repeatable)")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of data and steps, for a quick trial")
+    arguments = parser.parse_args()
+    manifest_file = arguments.output / "manifest.json"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in arguments.only or STAGES:
+        figures = STAGES[name](arguments.output, arguments.scale)
+        manifest = json.loads(manifest_file.read_text()) if manifest_file.exists() else {}
+        manifest |= {name: figures, "torch": torch.__version__, "python": platform.python_version()}
+        manifest_file.write_text(json.dumps(manifest, indent=1) + "\n")
+        print(f"{name}: done")
+
+
+if __name__ == "__main__":
+    main()

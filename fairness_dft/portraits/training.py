@@ -1,0 +1,114 @@
+"""What every miniature network shares: a seeded training loop with a progress bar, pictures as tensors, saving."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from fairness_dft.portraits.world import Portrait, stream
+
+
+@dataclass
+class Portraits:
+    """A drawn data set held in memory.
+
+    Attributes:
+        pictures: uint8, with shape (N, 3, 64, 64).
+        captions: N captions.
+        labels: for each of gender, race, age, face and occupation the class index, int64 with shape (N,).
+    """
+
+    pictures: Tensor
+    captions: list[str]
+    labels: dict[str, Tensor] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def images(self, index: Tensor | slice) -> Tensor:
+        """Some of the pictures as floats, with shape (n, 3, 64, 64), in [0, 1]."""
+        return self.pictures[index].float() / 255
+
+
+def draw_portraits(count: int, seed: int, balanced: bool = False) -> Portraits:
+    """Draw a data set; see `world.sample`."""
+    pictures = np.empty((count, 64, 64, 3), np.uint8)
+    portraits: list[Portrait] = []
+    for i, (portrait, picture) in enumerate(stream(count, seed, balanced)):
+        pictures[i] = picture
+        portraits.append(portrait)
+    labels = {name: torch.tensor([p.label[name] for p in portraits]) for name in portraits[0].label}
+    tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+    return Portraits(tensor, [p.caption for p in portraits], labels)
+
+
+def optimise(
+    name: str,
+    modules: Sequence[nn.Module],
+    loss: Callable[[int], Tensor],
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    weight_decay: float = 1e-2,
+    average: float = 0.0,
+) -> float:
+    """Minimise `loss(step)` over the modules' parameters by AdamW with warm-up and cosine decay.
+
+    Args:
+        name: shown beside the progress bar.
+        modules: what is trained; left in evaluation mode.
+        loss: a scalar loss for a step; draws its own batch from torch's global generator.
+        steps: number of optimizer steps.
+        learning_rate: the peak, reached after 3 % of the steps.
+        seed: seeds torch's global generator.
+        weight_decay: of AdamW.
+        average: decay of an exponential moving average of the weights, which replaces them at the end; 0 for none.
+
+    Returns:
+        Seconds taken.
+    """
+    torch.manual_seed(seed)
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    averages = [p.detach().clone() for p in parameters] if average else []
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.03)
+    for module in modules:
+        module.train()
+    started, shown = time.monotonic(), None
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns) as progress:
+        bar = progress.add_task(name, total=steps)
+        for step in range(steps):
+            value = loss(step)
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            if averages:
+                decay = min(average, (1 + step) / (10 + step))
+                torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
+            shown = value.item() if shown is None else 0.98 * shown + 0.02 * value.item()
+            progress.update(bar, advance=1, description=f"{name}  loss {shown:.4f}")
+    if averages:
+        torch._foreach_copy_([p.data for p in parameters], averages)
+    for module in modules:
+        module.eval()
+    return time.monotonic() - started
+
+
+def save_half(model: nn.Module, folder: Path) -> None:
+    """Save a copy of a diffusers or transformers model in half precision and safetensors."""
+    dtype = next(model.parameters()).dtype
+    model.half().save_pretrained(folder, safe_serialization=True)
+    model.to(dtype)
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    """Number of parameters of some modules together."""
+    return sum(p.numel() for module in modules for p in module.parameters())

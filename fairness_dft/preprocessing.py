@@ -1,0 +1,55 @@
+"""From a decoded image to what a frozen network reads: resize and normalise, differentiably.
+
+The numbers come from the network's own preprocessor_config.json, as Hugging Face writes it.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+
+class Preprocessing(nn.Module):
+    """Resize to the network's input size and normalise by its mean and standard deviation.
+
+    Args:
+        size: height and width of the network's input, in pixels.
+        mean: of each channel, for images in [0, 1].
+        deviation: standard deviation of each channel.
+    """
+
+    def __init__(self, size: tuple[int, int], mean: list[float], deviation: list[float]) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("deviation", torch.tensor(deviation)[:, None, None], persistent=False)
+
+    @classmethod
+    def from_file(cls, file: str | Path) -> "Preprocessing":
+        """Read a preprocessor_config.json.
+
+        Raises:
+            ValueError: if the file is no JSON, or lacks a size, a mean or a standard deviation.
+        """
+        try:
+            config = json.loads(Path(file).read_text(encoding="utf-8"))
+            size = config.get("crop_size") or config["size"]
+            if isinstance(size, dict):
+                size = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
+            else:
+                size = (size, size)
+            if not config.get("do_normalize", True):
+                return cls(size, [0.0] * 3, [1.0] * 3)
+            return cls(size, config["image_mean"], config["image_std"])
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is no valid JSON: {error}") from None
+        except KeyError as missing:
+            raise ValueError(f"{file} lacks {missing}, which says how images are prepared for the network") from None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images with shape (N, 3, H, W), in [0, 1], to network input with shape (N, 3, h, w)."""
+        if images.shape[-2:] != self.size:
+            images = interpolate(images, self.size, mode="bilinear", antialias=True, align_corners=False)
+        return (images - self.mean) / self.deviation

@@ -1,0 +1,184 @@
+"""What a run leaves behind: the before/after picture, results.json, and a table in the terminal."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fairness_dft.metrics import BiasSummary, frequency_drift
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and grey for "no face".
+PALETTE = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
+NO_FACE = "#9A9A9A"
+TITLES = {"original": "before", "ema": "after", "trained": "after (not averaged)"}
+TILE, BAR, GAP, MARGIN = 72, 8, 2, 24
+
+
+@dataclass
+class GridRow:
+    """One prompt of a before/after picture.
+
+    Attributes:
+        prompt: the text.
+        sides: by model, images with shape (n, 3, H, W), in [0, 1], and classes with shape (n,), −1 for no
+            face.
+    """
+
+    prompt: str
+    sides: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def comparison_grid(rows: Sequence[GridRow], attribute: str, classes: Sequence[str]) -> Image.Image:
+    """Draw prompts in rows, one block of images a model, ordered by class, each class with its coloured bar.
+
+    Args:
+        rows: the prompts, all with the same models and numbers of images.
+        attribute: what the classes are of; for the legend.
+        classes: their names.
+    """
+    models = list(rows[0].sides)
+    count = len(rows[0].sides[models[0]][1])
+    columns = (count + 1) // 2
+    block = columns * (TILE + GAP)
+    row_height = 22 + 2 * (TILE + BAR + GAP) + 10
+    size = (MARGIN * (len(models) + 1) + block * len(models), 96 + row_height * len(rows))
+    canvas = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(canvas)
+    for side, model in enumerate(models):
+        left = MARGIN + side * (block + MARGIN)
+        pen.text((left, 14), TITLES.get(model, model), fill="black", font=_font(22))
+        for number, row in enumerate(rows):
+            top = 84 + number * row_height
+            if side == 0:
+                pen.text((left, top), row.prompt, fill="#333333", font=_font(14))
+            _paste_block(canvas, pen, row.sides[model], left, top + 22, columns)
+    _legend(pen, attribute, classes, (MARGIN, 50))
+    return canvas
+
+
+def results(
+    attribute: str,
+    target: dict[str, float],
+    summaries: dict[tuple[str, str, str], BiasSummary],
+    kept: dict[tuple[str, str], float],
+    run: dict[str, object],
+) -> dict[str, object]:
+    """Everything that a test measured, as JSON knows it: None for NaN.
+
+    Args:
+        attribute: what was aligned.
+        target: its target distribution by class name.
+        summaries: by (judge, attribute, model).
+        kept: means by (measure, model).
+        run: facts of the run, such as steps, seconds, prompts and versions.
+    """
+    bias: dict[str, dict[str, dict[str, object]]] = {}
+    for (judge, name, model), summary in summaries.items():
+        bias.setdefault(judge, {}).setdefault(name, {})[model] = summary.as_dict()
+    for judge, attributes in bias.items():
+        for name, models in attributes.items():
+            pair = [summaries.get((judge, name, model)) for model in ("original", "ema")]
+            if all(pair):
+                drift = frequency_drift(*(torch.tensor(summary.frequencies) for summary in pair))
+                models["drift"] = _known(drift)
+    measures: dict[str, dict[str, float]] = {}
+    for (measure, model), value in kept.items():
+        measures.setdefault(measure, {})[model] = _known(value)
+    return {
+        "version": 1,
+        "attribute": attribute,
+        "target": target,
+        "bias": bias,
+        "kept": measures,
+        "run": run,
+        "note": "Attributes are perceived, as classifiers read pictures; no figure describes a person.",
+    }
+
+
+def write_json(file: Path, content: dict[str, object]) -> None:
+    """Write JSON in one piece: a reader never sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".part")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.replace(file)
+
+
+def print_results(content: dict, console: Console | None = None) -> None:
+    """Print the results as two short tables: bias before and after, and what was kept."""
+    console = console or Console()
+    table = Table(title=f"Bias on the test prompts (perceived attributes; aligned: {content['attribute']})")
+    for column in ("attribute", "judge", "before", "after", "95 % interval", "floor", "drift"):
+        table.add_column(column, justify="left" if column in ("attribute", "judge") else "right")
+    for judge, attributes in content["bias"].items():
+        for name, models in attributes.items():
+            before, after = models["original"], models["ema"]
+            table.add_row(
+                name,
+                judge,
+                f"{_number(before['bias'])} ± {_number(before['spread'])}",
+                f"{_number(after['bias'])} ± {_number(after['spread'])}",
+                f"{_number(after['low'])} – {_number(after['high'])}",
+                _number(after["floor"]),
+                _number(models.get("drift")),
+            )
+    console.print(table)
+    kept = Table(title="What was kept")
+    for column in ("measure", "before", "after"):
+        kept.add_column(column, justify="left" if column == "measure" else "right")
+    for measure, models in content["kept"].items():
+        kept.add_row(measure, _number(models.get("original"), 3), _number(models.get("ema"), 3))
+    faces = next(iter(next(iter(content["bias"].values())).values()))
+    without = [faces[model]["without_face"] / faces[model]["images"] for model in ("original", "ema")]
+    kept.add_row("images without a face", *(_number(share, 3) for share in without))
+    console.print(kept)
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _paste_block(
+    canvas: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    side: tuple[Tensor, Tensor],
+    left: int,
+    top: int,
+    columns: int,
+) -> None:
+    images, classes = side
+    order = sorted(range(len(classes)), key=lambda i: (classes[i] < 0, int(classes[i]), i))
+    for place, i in enumerate(order):
+        x = left + place % columns * (TILE + GAP)
+        y = top + place // columns * (TILE + BAR + GAP)
+        pixels = (images[i].permute(1, 2, 0) * 255).round().byte().numpy()
+        canvas.paste(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
+        pen.rectangle((x, y + TILE, x + TILE + GAP - 1, y + TILE + BAR - 3), fill=_colour(int(classes[i])))
+
+
+def _legend(pen: ImageDraw.ImageDraw, attribute: str, classes: Sequence[str], place: tuple[int, int]) -> None:
+    x, y = place
+    pen.text((x, y), f"perceived {attribute}:", fill="#333333", font=_font(15))
+    x += 20 + round(pen.textlength(f"perceived {attribute}:", font=_font(15)))
+    for index, name in [*enumerate(classes), (-1, "no face")]:
+        pen.rectangle((x, y + 2, x + 14, y + 16), fill=_colour(index))
+        pen.text((x + 20, y), name, fill="#333333", font=_font(15))
+        x += 44 + round(pen.textlength(name, font=_font(15)))
+
+
+def _colour(index: int) -> str:
+    return NO_FACE if index < 0 else PALETTE[index % len(PALETTE)]
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)

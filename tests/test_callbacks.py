@@ -1,0 +1,150 @@
+"""Monitors against what they claim to measure."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from miniature import finetuning, judge, prompts, trainer
+from PIL import Image
+
+from fairness_dft.callbacks import (
+    AdapterAverage,
+    AdapterCheckpoint,
+    BiasMonitor,
+    ImageGrid,
+    QualityMonitor,
+    Throughput,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two steps, a validation and a test with every monitor."""
+    folder = tmp_path_factory.mktemp("run")
+    module, data = finetuning(learning_rate=3e-3), prompts()
+    monitors = [
+        AdapterAverage(0.5),
+        BiasMonitor(independent_judge=judge("evaluation")),
+        QualityMonitor(judge("evaluation")),
+        ImageGrid(prompts=2, images=4),
+        AdapterCheckpoint(),
+        Throughput(),
+    ]
+    logger = TensorBoardLogger(folder, name="x")
+    fit = trainer(
+        folder, logger=logger, callbacks=monitors, limit_val_batches=1.0, val_check_interval=2,
+        check_val_every_n_epoch=None,
+    )  # fmt: skip
+    fit.fit(module, data)
+    validation = dict(monitors[1].summaries)
+    fit.test(module, data, verbose=False)
+    return folder / "x" / "version_0", fit, module, data, monitors, validation
+
+
+def test_ema_follows_by_its_recursion(tmp_path):
+    module, decay = finetuning(), 0.7
+    seen = []
+
+    class Record(AdapterAverage):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            super().on_train_batch_end(trainer, pl_module, *args)
+            seen.append({name: pl_module.adapter.state_dict(name) for name in ("trained", "ema")})
+
+    module.configure_model()
+    expected = module.adapter.state_dict("trained")
+    trainer(tmp_path, max_steps=3, callbacks=[Record(decay)]).fit(module, prompts(images_per_prompt=2))
+    for states in seen:
+        expected = {k: decay * v + (1 - decay) * states["trained"][k] for k, v in expected.items()}
+        for key, value in expected.items():
+            torch.testing.assert_close(states["ema"][key], value)
+
+
+def test_ema_waits_for_the_optimizer_step(tmp_path):
+    average = AdapterAverage(0.5)
+    module = finetuning()
+    fit = trainer(tmp_path, max_steps=1, accumulate_grad_batches=3, callbacks=[average])
+    fit.fit(module, prompts(images_per_prompt=2))
+    assert average.averaged_steps == 1
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_decay_out_of_range(decay):
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        AdapterAverage(decay)
+
+
+def test_bias_counts_what_the_judges_say(run):
+    _, _, module, data, monitors, _ = run
+    summaries = monitors[1].summaries
+    assert {key[0] for key in summaries} == {"training", "independent"}
+    assert {key[1] for key in summaries} == {"gender", "race", "age"}
+    for name, other in (("training", module.judge), ("independent", monitors[1].independent_judge)):
+        counts = np.zeros((2, 2))
+        for batch in data.test_dataloader():
+            images = module.compare(batch, ("ema",))["ema"]
+            seen = other(images)
+            for face, kind in zip(seen.face.tolist(), seen.classes("gender").tolist(), strict=True):
+                counts[batch.index, kind] += face
+        bias = np.mean([abs(a - b) / (a + b) for a, b in counts if a + b])
+        summary = summaries[name, "gender", "ema"]
+        assert summary.bias == pytest.approx(bias)
+        assert summary.images == 8 and summary.without_face == 8 - counts.sum()
+
+
+def test_quality_is_the_mean_cosine(run):
+    _, _, module, data, monitors, _ = run
+    clip, dino = module.features
+    text, to_original, class_token = [], [], []
+    for batch in data.test_dataloader():
+        with torch.no_grad():
+            images = module.compare(batch, ("original", "ema"))
+            after, before = clip(images["ema"]), clip(images["original"])
+            text += (after @ clip.embed_text([batch.prompt.text])[0]).tolist()
+            to_original += (after * before).sum(-1).tolist()
+            class_token += (dino(images["ema"]) * dino(images["original"])).sum(-1).tolist()
+    values = monitors[2].values
+    assert values["clip_t", "ema"] == pytest.approx(np.mean(text), abs=1e-5)
+    assert values["clip_i", "ema"] == pytest.approx(np.mean(to_original), abs=1e-5)
+    assert values["dino", "ema"] == pytest.approx(np.mean(class_token), abs=1e-5)
+    assert 0 <= values["occupation_kept", "ema"] <= 1
+
+
+def test_adapters_are_saved_as_safetensors_that_match(run):
+    from safetensors.torch import load_file
+
+    folder, _, module, *_ = run
+    for name in ("trained", "ema"):
+        file = folder / "adapters" / "step_000002" / name / "pytorch_lora_weights.safetensors"
+        for key, tensor in module.adapter.state_dict(name).items():
+            torch.testing.assert_close(load_file(file)[key], tensor)
+
+
+def test_grid_is_a_picture_and_tensorboard_has_the_curves(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, *_ = run
+    assert Image.open(folder / "before_after.png").width > 300
+    events = EventAccumulator(str(folder)).Reload()
+    scalars = events.Tags()["scalars"]
+    wanted = {"loss/total", "bias_gender/ema", "bias_gender/original", "bias_gender/floor", "kept/clip_t_ema",
+              "bias_gender/ema_independent", "frequency_race/dark_ema", "images_per_second"}  # fmt: skip
+    assert wanted <= set(scalars)
+    assert {"before_after/validation", "before_after/test"} <= set(events.Tags()["images"])
+
+
+def test_validation_sees_three_models_and_test_two(run):
+    *_, monitors, validation = run
+    assert {key[2] for key in validation} == {"original", "trained", "ema"}
+    assert {key[2] for key in monitors[1].summaries} == {"original", "ema"}
+
+
+def test_results_are_json(run):
+    from fairness_dft.report import results
+
+    *_, monitors, _ = run
+    content = results("gender", {"man": 0.5, "woman": 0.5}, monitors[1].summaries, monitors[2].values, {"steps": 2})
+    again = json.loads(json.dumps(content, allow_nan=False))
+    assert again["bias"]["independent"]["gender"]["ema"]["floor"] > 0
+    assert 0 <= again["bias"]["training"]["race"]["drift"] <= 1

@@ -1,0 +1,148 @@
+"""The command line: what a user types, and the one line that each mistake earns."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fairness_dft.cli import FairnessCLI, run_main
+from fairness_dft.fit import main
+
+ROOT = Path(__file__).parents[1]
+MINIATURE = [
+    "--config",
+    str(ROOT / "experiments/gender.yaml"),
+    "--config",
+    str(ROOT / "experiments/parts/portraits.yaml"),
+]
+SMALL = [
+    "--data.init_args.images_per_prompt=4",
+    "--data.init_args.validation_images_per_prompt=2",
+    "--data.init_args.test_images_per_prompt=4",
+    "--data.init_args.validation_prompts=1",
+    "--data.init_args.test_prompts=2",
+    "--model.sampler.steps=2",
+    "--model.sampler.steps_max=2",
+    "--model.evaluation_sampler.steps=2",
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=2",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def small(tmp_path, *more):
+    return [*MINIATURE, *SMALL, f"--output={tmp_path}", *more]
+
+
+def refused(capsys, arguments):
+    """Run the command; return its only line on standard error."""
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: main(arguments))
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Seed set")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_fit_writes_results_picture_adapters_and_config(tmp_path, capsys):
+    main(small(tmp_path, "--name=trial"))
+    folder = tmp_path / "trial" / "version_0"
+    content = json.loads((folder / "results.json").read_text())
+    assert content["attribute"] == "gender" and content["run"]["steps"] == 2
+    assert content["bias"].keys() == {"training", "independent"}
+    assert (folder / "before_after.png").is_file()
+    assert (folder / "adapters" / "step_000002" / "ema" / "pytorch_lora_weights.safetensors").is_file()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["trainer"]["max_steps"] == 2 and config["model"]["attribute"]["name"] == "gender"
+    printed = capsys.readouterr().out
+    assert "gender" in printed and "independent" in printed and "perceived" in printed
+
+
+def test_saved_config_reproduces_the_run(tmp_path):
+    main(small(tmp_path, "--name=first"))
+    config = tmp_path / "first" / "version_0" / "config.yaml"
+    main(["--config", str(config), "--name=second"])
+    first, second = (json.loads((tmp_path / n / "version_0" / "results.json").read_text()) for n in ("first", "second"))
+    assert first["bias"] == second["bias"] and first["kept"] == second["kept"]
+
+
+def test_nothing_on_disk_is_overwritten(tmp_path):
+    for _ in range(2):
+        main(small(tmp_path, "--name=same"))
+    assert sorted(path.name for path in (tmp_path / "same").iterdir()) == ["version_0", "version_1"]
+
+
+def test_print_config_prints_yaml_and_stops():
+    command = [sys.executable, "-m", "fairness_dft.fit", *MINIATURE, "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0
+    assert yaml.safe_load(done.stdout)["trainer"]["max_steps"] > 0
+
+
+def test_missing_weights_earn_one_line_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "fairness_dft.fit", "--config", "experiments/race.yaml", f"--output={tmp_path}"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == 2
+    error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and "Traceback" not in done.stderr + done.stdout
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in error[0]
+    assert "hf download" in error[0] and "local folder" in error[0] and "experiments/parts/portraits.yaml" in error[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model.learning_rat=1"], "learning_rat"),
+        (["--model.learning_rate=fast"], "learning_rate"),
+        (["--model.attribute.confidence=2"], "between 0 and 1"),
+        (["--data.init_args.file=nowhere.json"], "nowhere.json: there is no such file"),
+        (["--data.init_args.images_per_prompt=0"], "images_per_prompt must be at least 1"),
+        (["--model.attribute.name=height"], "does not read 'height'"),
+        (["--ckpt_path=nowhere.ckpt"], "no file 'nowhere.ckpt'"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_mistakes_earn_one_line(tmp_path, capsys, more, message):
+    assert message in refused(capsys, small(tmp_path, *more))
+
+
+def test_output_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    line = refused(capsys, small(tmp_path, f"--output={tmp_path / 'file'}"))
+    assert "cannot write to" in line and "choose another folder" in line
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_misspelt_key_in_a_file(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model:\n  atribute:\n    name: gender\n")
+    assert "atribute" in refused(capsys, small(tmp_path, f"--config={file}"))
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "experiments").glob("*.yaml")))
+def test_every_experiment_parses_and_builds(name, tmp_path):
+    cli = FairnessCLI(
+        ["--config", str(ROOT / "experiments" / name), f"--output={tmp_path}", "--trainer.accelerator=cpu"]
+    )
+    assert cli.model.attribute.name in name or name == "quickstart.yaml"
+    assert cli.datamodule.prompts("train")
+
+
+def test_every_experiment_builds_on_the_miniature(tmp_path):
+    for file in sorted(EXPERIMENTS.glob("*.yaml")):
+        cli = FairnessCLI(["--config", str(file), *PORTRAITS, f"--output={tmp_path}"])
+        assert cli.model.generator.path == "data/portraits/pipeline"
+        assert len(cli.datamodule.prompts("train")) >= 100
+
+
+def test_quickstart_uses_the_miniature_as_the_shared_part_does():
+    quickstart = yaml.safe_load((ROOT / "experiments/quickstart.yaml").read_text())
+    part = yaml.safe_load((ROOT / "experiments/parts/portraits.yaml").read_text())
+    for key in ("generator", "judge", "features"):
+        assert quickstart["model"][key] == part["model"][key]
+    assert quickstart["bias_monitor"] == part["bias_monitor"]

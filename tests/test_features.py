@@ -1,0 +1,148 @@
+"""Feature networks against Hugging Face's own embeddings."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from networks import PREPROCESSOR, build_clip, build_dino
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import CLIPModel, Dinov2Model
+
+from fairness_dft.features import Clip, Dino, FeatureNet
+
+TEXTS = ["a chef", "", "a portrait of an old violinist, a person"]  # the last is longer than what the tower reads
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[type[FeatureNet], Path]:
+    builders = {Clip: build_clip, Dino: build_dino}
+    return {kind: build(tmp_path_factory.mktemp(kind.__name__)) for kind, build in builders.items()}
+
+
+@pytest.fixture(params=[Clip, Dino])
+def network(request: pytest.FixtureRequest, folders: dict[type[FeatureNet], Path]) -> FeatureNet:
+    network = request.param(str(folders[request.param]))
+    network.load()
+    return network
+
+
+def prepared(images: Tensor) -> Tensor:
+    mean, deviation = torch.tensor(PREPROCESSOR["image_mean"]), torch.tensor(PREPROCESSOR["image_std"])
+    return (images - mean[:, None, None]) / deviation[:, None, None]
+
+
+def loaded_clip(folders: dict[type[FeatureNet], Path]) -> Clip:
+    clip = Clip(str(folders[Clip]))
+    clip.load()
+    return clip
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (2, 3, 5, 7), (4, 3, 33, 20)])
+def test_embeddings_have_unit_length(network: FeatureNet, shape: tuple[int, ...]) -> None:
+    embeddings = network(torch.rand(shape))
+    assert embeddings.shape == (shape[0], 12 if isinstance(network, Clip) else 16)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(shape[0]))
+
+
+def test_gradients_reach_the_images_and_no_weight(network: FeatureNet) -> None:
+    images = torch.rand(2, 3, 20, 20, requires_grad=True)
+    reference = network(torch.rand(2, 3, 20, 20)).detach()
+    (network(images) * reference).sum().backward()
+    assert images.grad.abs().amax((1, 2, 3)).min() > 0
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_gradients_are_those_of_finite_differences(network: FeatureNet) -> None:
+    network.double()
+    images = torch.rand(1, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(network, images, fast_mode=True)
+
+
+def test_training_mode_does_not_reach_the_network(network: FeatureNet) -> None:
+    torch.nn.Sequential(network).train()
+    assert not any(module.training for module in network.modules())
+
+
+def test_loading_twice_does_nothing(network: FeatureNet) -> None:
+    inner = network.network
+    network.load()
+    assert network.network is inner
+
+
+def test_clip_embeds_images_as_hugging_face_does(folders: dict[type[FeatureNet], Path]) -> None:
+    images = torch.rand(3, 3, 16, 16)
+    with torch.no_grad():
+        features = CLIPModel.from_pretrained(folders[Clip]).eval().get_image_features(prepared(images))
+    expected = normalize(getattr(features, "pooler_output", features), dim=-1)
+    torch.testing.assert_close(loaded_clip(folders)(images), expected)
+
+
+def test_clip_embeds_texts_as_hugging_face_does(folders: dict[type[FeatureNet], Path]) -> None:
+    clip = loaded_clip(folders)
+    tokens = clip.tokenizer(TEXTS, padding=True, truncation=True, max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        features = CLIPModel.from_pretrained(folders[Clip]).eval().get_text_features(**tokens)
+    expected = normalize(getattr(features, "pooler_output", features), dim=-1)
+    embeddings = clip.embed_text(TEXTS)
+    torch.testing.assert_close(embeddings, expected)
+    assert not embeddings.requires_grad
+    assert (embeddings @ embeddings.T).triu(1).max() < 0.999  # the texts are told apart
+
+
+def test_a_text_is_embedded_alike_alone_and_among_others(folders: dict[type[FeatureNet], Path]) -> None:
+    clip = loaded_clip(folders)
+    alone = torch.cat([clip.embed_text([text]) for text in TEXTS])
+    torch.testing.assert_close(clip.embed_text(TEXTS), alone)
+
+
+def test_dino_is_the_class_token(folders: dict[type[FeatureNet], Path]) -> None:
+    images = torch.rand(3, 3, 16, 16)
+    dino = Dino(str(folders[Dino]))
+    dino.load()
+    with torch.no_grad():
+        output = Dinov2Model.from_pretrained(folders[Dino]).eval()(prepared(images))
+    torch.testing.assert_close(dino(images), normalize(output.last_hidden_state[:, 0], dim=-1))
+    torch.testing.assert_close(dino(images), normalize(output.pooler_output, dim=-1))
+
+
+@pytest.mark.parametrize("kind", [Clip, Dino])
+@pytest.mark.parametrize("path", ["no/such/folder", "nobody/such-a-network-is-nowhere"])
+def test_a_network_that_is_nowhere_is_one_clear_line_at_once(
+    kind: type[FeatureNet], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
+    started = time.monotonic()
+    message = rf"the feature network '{path}' could not be loaded \(.+\): download .* --config \S+portraits.yaml"
+    with pytest.raises(ValueError, match=message) as caught:
+        kind(path).load()
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 5  # the hub's own retries would take minutes
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        (Dino, "preprocessor_config.json"),
+        (Dino, "model.safetensors"),
+        (Dino, "config.json"),
+        (Clip, "preprocessor_config.json"),
+        (Clip, "model.safetensors"),
+        (Clip, "tokenizer.json"),
+    ],
+)
+def test_a_missing_file_is_one_clear_line(
+    kind: type[FeatureNet], file: str, folders: dict[type[FeatureNet], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders[kind], tmp_path / "network"))
+    (folder / file).unlink()
+    network = kind(str(folder))
+    with pytest.raises(ValueError, match=r"the feature network '.*' could not be loaded \(.+\): download"):
+        network.load()
+    assert not hasattr(network, "network")  # a second try does not find it half loaded

@@ -1,0 +1,173 @@
+"""The training step against the paper's algorithm written out, and what a fit may and may not change."""
+
+import pytest
+import torch
+from miniature import finetuning, prompts, trainer
+from torch.nn.functional import cross_entropy
+
+from fairness_dft.attributes import Attribute
+from fairness_dft.classifiers import Verdict
+from fairness_dft.features import Clip
+from fairness_dft.sampler import Sampler
+from fairness_dft.transport import expected_targets
+
+
+class OneProcess:
+    """What the module asks of a trainer."""
+
+    world_size = 1
+
+
+@pytest.fixture
+def module(monkeypatch):
+    made = finetuning(attribute=Attribute("gender", confidence=0.6, factor1=0.3, factor2=0.5))
+    made.configure_model()
+    monkeypatch.setattr(type(made), "trainer", OneProcess())
+    return made
+
+
+def first_batch(**settings):
+    return next(iter(prompts(**settings).train_dataloader()))
+
+
+def test_training_step_is_the_algorithm_written_out(module, monkeypatch):
+    batch = first_batch()
+    logged = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+    loss = module.training_step(batch, 0)
+
+    noise = module.generator.noise(batch.seeds)
+    with torch.no_grad():
+        with module.adapter.using("original"):
+            original = module.sampler(module.generator, batch.prompt.text, noise)
+        images = module.sampler(module.generator, batch.prompt.text, noise)
+        seen, before = module.judge(images), module.judge(original)
+        logits = seen.logits["gender"]
+        targets = expected_targets(logits.softmax(-1)[seen.face], [0.5, 0.5])
+        align, chosen, place = 0.0, 0, 0
+        semantics = 0.0
+        for i in range(len(images)):
+            target = None
+            if seen.face[i]:
+                if targets.confidence[place] >= 0.6:
+                    target = targets.classes[place]
+                    align += cross_entropy(logits[i], target).item()
+                    chosen += 1
+                place += 1
+            distance = sum(1 - (net(images[i : i + 1]) * net(original[i : i + 1])).sum() for net in module.features)
+            no_face = not (seen.face[i] and before.face[i])
+            same = target is not None and target == before.classes("gender")[i]
+            semantics += float(distance) * (1.0 if no_face or same else 0.3) / len(images)
+    assert chosen > 0
+    torch.testing.assert_close(logged["loss/alignment"], align / chosen, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logged["loss/semantics"], semantics, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss.item(), align / chosen + 8 * semantics, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_without_any_face_trains_on_semantics_alone(module, monkeypatch):
+    logged = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+    judge = type(module.judge)
+    blind = judge.forward
+
+    def faceless(self, images):
+        verdict = blind(self, images)
+        return Verdict(verdict.logits, torch.zeros_like(verdict.face), verdict.boxes)
+
+    monkeypatch.setattr(judge, "forward", faceless)
+    loss = module.training_step(first_batch(), 0)
+    loss.backward()
+    assert "loss/alignment" not in logged  # an average over nothing is not zero
+    torch.testing.assert_close(loss.item(), 8 * logged["loss/semantics"])
+    assert all(torch.isfinite(p.grad).all() for p in module.adapter.parameters())
+
+
+def test_checkpointed_step_has_the_gradient_of_the_plain_one(module, monkeypatch):
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    gradients = []
+    for checkpoint in (False, True):
+        module.sampler = Sampler(steps=3, guidance_scale=2.0, checkpoint=checkpoint, decode_chunk=2)
+        monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+        loss = module.training_step(first_batch(), 0)
+        gradients.append(torch.autograd.grad(loss, module.adapter.parameters(), allow_unused=True))
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-3, atol=1e-6)
+
+
+def test_fit_moves_the_adapter_and_nothing_else(tmp_path):
+    module = finetuning()
+    module.configure_model()
+    adapter = {id(p) for name in ("trained", "ema") for p in module.adapter.tensors(name).values()}
+    frozen = {name: p.clone() for name, p in module.named_parameters() if id(p) not in adapter}
+    start = module.adapter.state_dict("trained")
+    trainer(tmp_path).fit(module, prompts())
+    for name, parameter in module.named_parameters():
+        if name in frozen:
+            assert parameter.grad is None and not parameter.requires_grad, name
+            torch.testing.assert_close(parameter, frozen[name], rtol=0, atol=0)
+    moved = [not torch.equal(v, start[k]) for k, v in module.adapter.state_dict("trained").items()]
+    assert all(moved)
+
+
+def test_two_fits_with_the_same_seed_agree(tmp_path):
+    states = []
+    for _ in range(2):
+        module = finetuning()
+        trainer(tmp_path).fit(module, prompts())
+        states.append(module.adapter.state_dict("trained"))
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=0, atol=0)
+
+
+def test_evaluation_builds_no_graph(module):
+    images = module.compare(first_batch(), ("original", "trained", "ema"))
+    assert not any(pictures.requires_grad for pictures in images.values())
+    torch.testing.assert_close(images["trained"], images["original"])  # B = 0: the adapter starts as nothing
+    assert module.adapter.active == "trained"
+
+
+def test_state_holds_the_adapter_alone(module):
+    state = module.state_dict()
+    assert len(state) == 2 * len(module.adapter.parameters())
+    changed = {key: torch.full_like(tensor, 0.5) for key, tensor in state.items()}
+    module.load_state_dict(changed)
+    torch.testing.assert_close(module.state_dict(), changed)
+
+
+def test_unknown_attribute_is_refused_before_the_generator_loads():
+    module = finetuning(attribute=Attribute("height"))
+    with pytest.raises(ValueError, match="does not read 'height', only gender, race, age"):
+        module.configure_model()
+    assert not hasattr(module.generator, "unet")
+
+
+def test_a_target_is_refused_before_the_generator_loads():
+    module = finetuning(attribute=Attribute("race", target=[0.5, 0.5]))
+    with pytest.raises(ValueError, match="has 2 numbers, but the classifier has light, tan, brown, dark"):
+        module.configure_model()
+    assert not hasattr(module.generator, "unet")
+
+
+def test_training_lowers_the_alignment_loss_on_one_batch(tmp_path):
+    """Ten steps on few prompts move p towards the targets: a gradient of the wrong sign would fail here."""
+    module = finetuning(learning_rate=3e-3, semantics_weight=0.0)
+    batch = first_batch(images_per_prompt=16)
+
+    def towards_target():
+        with torch.no_grad():
+            noise = module.generator.noise(batch.seeds)
+            seen = module.judge(module.sampler(module.generator, batch.prompt.text, noise))
+        return seen.probabilities("gender")[seen.face].mean(0)
+
+    module.configure_model()
+    before = (towards_target() - 0.5).abs().max()
+    trainer(tmp_path, max_steps=12).fit(module, prompts(images_per_prompt=16, train_prompts=1))
+    assert (towards_target() - 0.5).abs().max() < before
+
+
+def test_clip_text_and_image_share_a_space(module):
+    clip = next(network for network in module.features if isinstance(network, Clip))
+    image = torch.rand(2, 3, 64, 64)
+    assert clip(image).shape[1] == clip.embed_text(["a chef"]).shape[1]

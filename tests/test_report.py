@@ -1,0 +1,176 @@
+"""The picture's geometry, the results as JSON, and the table in the terminal."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageColor
+from rich.console import Console
+from torch import Tensor
+
+from fairness_dft.metrics import summarize_bias
+from fairness_dft.report import (
+    BAR,
+    GAP,
+    MARGIN,
+    NO_FACE,
+    PALETTE,
+    TILE,
+    GridRow,
+    comparison_grid,
+    print_results,
+    results,
+    write_json,
+)
+
+GREYS = (40, 90, 140, 190, 240)
+CLASSES = ("man", "woman")
+
+
+def plain(grey: int) -> Tensor:
+    return torch.full((3, 8, 8), grey / 255)
+
+
+def row(classes: dict[str, list[int]]) -> GridRow:
+    """One prompt whose i-th image is plain grey number i."""
+    sides = {
+        model: (torch.stack([plain(grey) for grey, _ in zip(GREYS, of, strict=False)]), torch.tensor(of))
+        for model, of in classes.items()
+    }
+    return GridRow("a chef", sides)
+
+
+def block_of(picture: Image.Image, side: int, number: int, count: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Colours of tile and bar of each image of a model and prompt, in the order they are placed."""
+    columns = (count + 1) // 2
+    left = MARGIN + side * (columns * (TILE + GAP) + MARGIN)
+    top = 84 + number * (22 + 2 * (TILE + BAR + GAP) + 10) + 22
+    colours = []
+    for place in range(count):
+        x, y = left + place % columns * (TILE + GAP), top + place // columns * (TILE + BAR + GAP)
+        corners = {picture.getpixel((x + dx, y + dy)) for dx in (0, TILE - 1) for dy in (0, TILE - 1)}
+        bar = {picture.getpixel((x + dx, y + TILE + dy)) for dx in (0, TILE - 1) for dy in (0, BAR - 3)}
+        assert len(corners) == len(bar) == 1
+        colours.append((corners.pop(), bar.pop()))
+    return colours
+
+
+def expected(classes: list[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """By class, images without a face last, otherwise in the order they came."""
+    by_class = [[i for i, c in enumerate(classes) if c == k] for k in (0, 1, 2, -1)]
+    colour = {k: ImageColor.getrgb(PALETTE[k] if k >= 0 else NO_FACE) for k in (0, 1, 2, -1)}
+    return [((GREYS[i],) * 3, colour[classes[i]]) for same in by_class for i in same]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_images_stand_by_class_with_coloured_bars(count: int) -> None:
+    before, after = [1, -1, 0, 1, 0][:count], [0, 1, 2, -1, -1][:count]
+    rows = [row({"original": before, "ema": after}), row({"original": after, "ema": before})]
+    picture = comparison_grid(rows, "gender", (*CLASSES, "other"))
+    assert block_of(picture, 0, 0, count) == block_of(picture, 1, 1, count) == expected(before)
+    assert block_of(picture, 1, 0, count) == block_of(picture, 0, 1, count) == expected(after)
+    assert picture.getpixel((picture.width - 1, picture.height - 1)) == (255, 255, 255)
+
+
+def test_the_legend_shows_every_class_and_no_face() -> None:
+    picture = comparison_grid([row({"original": [0] * 5, "ema": [0] * 5})], "gender", CLASSES)
+    legend = {colour for _, colour in picture.crop((0, 44, picture.width, 76)).getcolors(1 << 16)}
+    for name in (*PALETTE[: len(CLASSES)], NO_FACE):
+        assert ImageColor.getrgb(name) in legend
+    assert ImageColor.getrgb(PALETTE[2]) not in legend
+
+
+def test_classes_and_no_face_have_colours_of_their_own() -> None:
+    assert len({*PALETTE, NO_FACE}) == len(PALETTE) + 1
+
+
+def summaries(counts: list[list[int]], changed: list[list[int]]) -> dict:
+    """By two judges for two attributes, before and after."""
+    sides = {"original": counts, "ema": changed}
+    return {
+        (judge, attribute, model): summarize_bias(torch.tensor(side), torch.tensor([1, 0]), CLASSES)
+        for judge in ("training", "independent")
+        for attribute in ("gender", "age")
+        for model, side in sides.items()
+    }
+
+
+def content(counts: list[list[int]], changed: list[list[int]], kept: float = 0.9) -> dict:
+    measured = {("clip_t", "original"): 0.31, ("clip_t", "ema"): 0.3, ("dino", "ema"): kept}
+    target = {"man": 0.5, "woman": 0.5}
+    return results("gender", target, summaries(counts, changed), measured, {"steps": 3})
+
+
+def strictly(text: str) -> dict:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_results_survive_the_way_to_the_file_and_back(tmp_path: Path) -> None:
+    found = content([[9, 0], [6, 4]], [[4, 5], [5, 5]])
+    file = tmp_path / "new" / "folder" / "results.json"
+    write_json(file, found)
+    assert strictly(file.read_text(encoding="utf-8")) == found
+    for judge in ("training", "independent"):
+        for attribute in ("gender", "age"):
+            models = found["bias"][judge][attribute]
+            assert models["original"]["bias"] == pytest.approx((1 + 0.2) / 2)
+            assert models["ema"]["bias"] == pytest.approx((1 / 9 + 0) / 2)
+            assert models["drift"] == pytest.approx(15 / 19 - 9 / 19)
+            assert models["original"]["without_face"] == 1
+    assert found["kept"] == {"clip_t": {"original": 0.31, "ema": 0.3}, "dino": {"ema": 0.9}}
+    assert found["attribute"] == "gender" and found["run"] == {"steps": 3} and found["version"] == 1
+
+
+def test_what_is_not_known_is_null(tmp_path: Path) -> None:
+    found = content([[0, 0], [0, 0]], [[4, 5], [5, 5]], kept=math.nan)
+    file = tmp_path / "results.json"
+    write_json(file, found)
+    read = strictly(file.read_text(encoding="utf-8"))
+    models = read["bias"]["training"]["gender"]
+    assert models["original"]["bias"] is None and models["original"]["frequencies"] == [None, None]
+    assert models["drift"] is None and read["kept"]["dino"]["ema"] is None
+    print_results(read, Console(file=io.StringIO(), width=200))
+
+
+def test_without_a_model_to_compare_there_is_no_drift() -> None:
+    only = {key: summary for key, summary in summaries([[1, 2], [2, 1]], [[1, 1], [1, 1]]).items() if key[2] == "ema"}
+    assert "drift" not in results("gender", {}, only, {}, {})["bias"]["training"]["gender"]
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "results.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(file, {"a": object()})
+
+    def half(path: Path, text: str, **options: str) -> None:
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space left"):
+        write_json(file, {"a": 2})
+    assert json.loads(file.read_bytes()) == {"a": 1}
+
+
+def test_the_table_names_every_judge_and_attribute() -> None:
+    stream = io.StringIO()
+    print_results(content([[9, 0], [6, 4]], [[4, 5], [5, 5]]), Console(file=stream, width=200))
+    lines = stream.getvalue().splitlines()
+    assert any("aligned: gender" in line for line in lines)
+    for judge in ("training", "independent"):
+        for attribute in ("gender", "age"):
+            (line,) = [line for line in lines if f" {attribute} " in line and f" {judge} " in line]
+            assert "0.60 ± 0.40" in line and "0.06 ± 0.06" in line and "0.32" in line
+    (line,) = [line for line in lines if "clip_t" in line]
+    assert "0.310" in line and "0.300" in line
+    (line,) = [line for line in lines if "dino" in line]
+    assert "–" in line and "0.900" in line
+    (line,) = [line for line in lines if "without a face" in line]
+    assert line.count("0.050") == 2
