@@ -229,8 +229,7 @@ class QualityMonitor(EvaluationCallback):
     def update(self, module: FairFinetuning, key: tuple[str, str], values: Tensor) -> None:
         """Add values to the mean of a (measure, model), made on first use."""
         metric = self.metrics.setdefault(key, MeanMetric(nan_strategy="ignore")).to(module.device)
-        if len(values):
-            metric.update(values)
+        metric.update(values)
 
     @override
     def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:

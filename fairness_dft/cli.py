@@ -1,5 +1,6 @@
 """The command line: Lightning's CLI with this project's monitors, one line for every mistake, and one run folder."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -115,6 +116,7 @@ def run_main(main: Any) -> None:
 
     FAIRNESS_DFT_TRACEBACK=1 shows the whole traceback, for who develops.
     """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises at every start
     try:
         main()
     except ValueError as error:

@@ -41,6 +41,13 @@ class TextToImage(nn.Module, ABC):
     scheduler: Any
     latent_shape: tuple[int, int, int]
 
+    def check(self) -> None:  # noqa: B027  a model that needs nothing from outside is always there
+        """Refuses a model that cannot be loaded, without loading it.
+
+        Raises:
+            ValueError: If the model is not within reach.
+        """
+
     @abstractmethod
     def load(self) -> None:
         """Loads the weights; the constructor only takes notes. A second call does nothing."""
@@ -155,40 +162,55 @@ class StableDiffusion(TextToImage):
         self.resolution = resolution
         self.weights_dtype = getattr(torch, weights_dtype)
 
+    def check(self) -> None:
+        """Reads the settings of the scheduler, the smallest file of a model.
+
+        Raises:
+            ValueError: If the scheduler is unknown or the model is not within reach.
+        """
+        scheduler_class = find_scheduler(self.scheduler_name)
+        folder = resolve(self.path)
+        self.source = str(folder) if folder.is_dir() else self.path
+        self.reachable = folder.is_dir() or on_hub(self.path)
+        self.options = {"local_files_only": folder.is_dir() or not self.reachable}
+        with self._loading():
+            settings = scheduler_class.load_config(self.source, subfolder="scheduler", **self.options)
+        self.scheduler = scheduler_class.from_config(settings)
+
     def load(self) -> None:
         """Loads the scheduler, tokenizer, text encoder, U-Net and VAE, and freezes them.
 
         Raises:
-            ValueError: If the scheduler is unknown, the model cannot be loaded or the resolution does not
-                fit.
+            ValueError: If the scheduler is unknown, the model cannot be loaded or the resolution does not fit.
         """
         if hasattr(self, "unet"):
             return
-        scheduler_class = find_scheduler(self.scheduler_name)
+        self.check()
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        folder = resolve(self.path)
-        source = str(folder) if folder.is_dir() else self.path
-        reachable = folder.is_dir() or on_hub(self.path)
-        options = {"local_files_only": folder.is_dir() or not reachable}
+        source, options = self.source, self.options
         weights = {**options, "torch_dtype": self.weights_dtype, "use_safetensors": True}
-        try:
-            with quiet():
-                scheduler = scheduler_class.load_config(source, subfolder="scheduler", **options)
-                self.tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options)
-                # Where transformers finds no vocabulary, it makes one of special tokens alone.
-                if len(self.tokenizer) <= 3:
-                    raise OSError(f"no vocabulary in the sub-folder tokenizer of {source}")
-                self.text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **weights)
-                self.vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
-                self.unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
-        except Exception as error:  # each library and each file format raises its own
-            reason = str(error) if reachable else "no such folder, nor within reach on the Hugging Face hub"
-            raise ValueError(cannot_load(self.path, reason)) from error
-        self.scheduler = scheduler_class.from_config(scheduler)
+        with self._loading():
+            self.tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options)
+            # Where transformers finds no vocabulary, it makes one of special tokens alone.
+            if len(self.tokenizer) <= 3:
+                raise OSError(f"no vocabulary in the sub-folder tokenizer of {source}")
+            self.text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **weights)
+            self.vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
+            self.unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
         self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
         self.requires_grad_(False).eval()
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Turns whatever goes wrong while loading into one line; each library and file format raises its own."""
+        try:
+            with quiet():
+                yield
+        except Exception as error:
+            reason = str(error) if self.reachable else "no such folder, nor within reach on the Hugging Face hub"
+            raise ValueError(cannot_load(self.path, reason)) from error
 
     def _latent_size(self) -> tuple[int, int]:
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)

@@ -6,7 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lightning.pytorch.cli import ArgsType
-from lightning.pytorch.utilities import rank_zero_info
 
 from fairness_dft.callbacks import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.cli import FairnessCLI, run_main
@@ -45,7 +44,8 @@ def main(args: ArgsType = None) -> None:
     folder = Path(trainer.log_dir)
     write_json(folder / "results.json", content)
     print_results(content)
-    rank_zero_info(f"Pictures: {find[ImageGrid].file}\nResults:  {folder / 'results.json'}")
+    print(f"Picture: {find[ImageGrid].file}\nResults: {folder / 'results.json'}")
+    print(f"Curves:  tensorboard --logdir {folder.parent}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ References:
     Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), https://arxiv.org/abs/2311.07604
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,6 +82,7 @@ class FairFinetuning(LightningModule):
         """Load all networks and attach the adapter, once, on every rank."""
         if self.loaded:
             return
+        self.generator.check()
         self.judge.load()
         self.target = self.attribute.distribution(self.judge.classes(self.attribute.name))
         for network in self.features:
@@ -90,6 +92,11 @@ class FairFinetuning(LightningModule):
             torch.manual_seed(self.seed)
             self.adapter.attach(self.generator)
         self.loaded = True
+
+    @override
+    def on_fit_start(self) -> None:
+        # Lightning warns of networks in evaluation mode; here they are frozen on purpose.
+        warnings.filterwarnings("ignore", message="Found .* in eval mode")
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -110,14 +117,23 @@ class FairFinetuning(LightningModule):
         semantics = self.image_semantics(images, original, verdict, before, alignment)
         loss = align + self.semantics_weight * semantics
 
-        self.log("loss/total", loss, prog_bar=True)
-        self.log("loss/semantics", semantics)
-        if alignment.total:  # a batch without any target has no alignment loss, not one of zero
-            self.log("loss/alignment", align)
-        self.log("bias", self.batch_bias(verdict), prog_bar=True)
-        self.log("faces/with_face", verdict.face.float().mean())
-        self.log("faces/with_target", alignment.chosen.float().mean())
+        self.report_step(loss, align, semantics, verdict, alignment)
         return loss
+
+    def report_step(
+        self, loss: Tensor, align: Tensor, semantics: Tensor, verdict: Verdict, alignment: Alignment
+    ) -> None:
+        """Log a training step; what has no value, as the loss of no target or the bias of no face, is not logged."""
+        values = {"loss/semantics": semantics, "faces/with_face": verdict.face.float().mean()}
+        values["faces/with_target"] = alignment.chosen.float().mean()
+        if alignment.total:
+            values["loss/alignment"] = align
+        self.log_dict(values, sync_dist=True)
+        self.log("loss/total", loss, prog_bar=True, sync_dist=True)
+        classes = self.gather(verdict.classes(self.attribute.name))[self.gather(verdict.face)]
+        if len(classes):
+            counts = torch.bincount(classes, minlength=len(self.target))
+            self.log("bias", class_bias(counts / len(classes)), prog_bar=True)
 
     def randomness(self) -> torch.Generator:
         """Draws of this batch: the same on every rank, and after a resume the same as without it."""
@@ -142,12 +158,6 @@ class FairFinetuning(LightningModule):
         chosen[face] = found.confidence >= self.attribute.confidence
         here = slice(self.global_rank * len(verdict.face), (self.global_rank + 1) * len(verdict.face))
         return Alignment(targets[here], chosen[here], int(chosen.sum()))
-
-    def batch_bias(self, verdict: Verdict) -> Tensor:
-        """Bias of this one prompt's images, over all ranks; noisy, for the progress bar."""
-        classes = self.gather(verdict.classes(self.attribute.name))[self.gather(verdict.face)]
-        counts = torch.bincount(classes, minlength=len(self.target))
-        return class_bias(counts / counts.sum().clamp(min=1))
 
     def gather(self, values: Tensor) -> Tensor:
         """Rows of all ranks, rank after rank; every rank has the same number."""

@@ -125,7 +125,8 @@ def test_grid_is_a_picture_and_tensorboard_has_the_curves(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, *_ = run
-    assert Image.open(folder / "before_after.png").width > 300
+    with Image.open(folder / "before_after.png") as picture:
+        assert picture.width > 300
     events = EventAccumulator(str(folder)).Reload()
     scalars = events.Tags()["scalars"]
     wanted = {"loss/total", "bias_gender/ema", "bias_gender/original", "bias_gender/floor", "kept/clip_t_ema",

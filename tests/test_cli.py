@@ -13,12 +13,9 @@ from fairness_dft.cli import FairnessCLI, run_main
 from fairness_dft.fit import main
 
 ROOT = Path(__file__).parents[1]
-MINIATURE = [
-    "--config",
-    str(ROOT / "experiments/gender.yaml"),
-    "--config",
-    str(ROOT / "experiments/parts/portraits.yaml"),
-]
+EXPERIMENTS = ROOT / "experiments"
+PORTRAITS = ["--config", str(EXPERIMENTS / "parts" / "portraits.yaml")]
+MINIATURE = ["--config", str(EXPERIMENTS / "gender.yaml"), *PORTRAITS]
 SMALL = [
     "--data.init_args.images_per_prompt=4",
     "--data.init_args.validation_images_per_prompt=2",
@@ -126,9 +123,7 @@ def test_misspelt_key_in_a_file(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "experiments").glob("*.yaml")))
 def test_every_experiment_parses_and_builds(name, tmp_path):
-    cli = FairnessCLI(
-        ["--config", str(ROOT / "experiments" / name), f"--output={tmp_path}", "--trainer.accelerator=cpu"]
-    )
+    cli = FairnessCLI(["--config", str(EXPERIMENTS / name), f"--output={tmp_path}", "--trainer.accelerator=cpu"])
     assert cli.model.attribute.name in name or name == "quickstart.yaml"
     assert cli.datamodule.prompts("train")
 

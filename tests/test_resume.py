@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is the run that was not."""
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from miniature import finetuning, prompts, trainer
@@ -17,6 +18,7 @@ def run(folder, steps, ckpt_path=None):
     return module.state_dict()
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # on purpose: nothing of the first run is overwritten
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     whole = run(tmp_path / "whole", 4)
     run(tmp_path / "half", 2)

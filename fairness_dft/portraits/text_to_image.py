@@ -139,9 +139,9 @@ def text_config(tokenizer: CLIPTokenizer, **changes: int) -> CLIPTextConfig:
 
 
 def train_generator(
-    autoencoder: AutoencoderKL, portraits: Portraits, steps: int, seed: int
+    autoencoder: AutoencoderKL, portraits: Portraits, more: Portraits, steps: int, more_steps: int, seed: int
 ) -> tuple[StableDiffusionPipeline, dict]:
-    """Train text encoder and U-Net together on the portraits' latents, and assemble the pipeline."""
+    """Train text encoder and U-Net together, first on some portraits, then on others, and assemble the pipeline."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(portraits.captions)
     text_encoder = CLIPTextModel(text_config(tokenizer))
@@ -157,19 +157,6 @@ def train_generator(
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    scheduler = DDPMScheduler(**SCHEDULE)
-    latents = encode(autoencoder, portraits, slice(None)) * autoencoder.config.scaling_factor
-    tokens, empty = tokenize(tokenizer, portraits.captions), tokenize(tokenizer, [""])
-
-    def loss(step: int) -> Tensor:
-        index = torch.randint(len(portraits), (64,))
-        dropped = torch.rand(64, 1) < 0.1
-        conditioning = text_encoder(torch.where(dropped, empty, tokens[index])).last_hidden_state
-        noise, timesteps = torch.randn(64, 4, 8, 8), torch.randint(1000, (64,))
-        noisy = scheduler.add_noise(latents[index], noise, timesteps)
-        return (unet(noisy, timesteps, conditioning).sample - noise).pow(2).mean()
-
-    seconds = optimise("text encoder and U-Net", [text_encoder, unet], loss, steps, 2e-3, seed, average=0.999)
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=text_encoder,
@@ -180,13 +167,35 @@ def train_generator(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    seconds = fit_generator(pipeline, portraits, steps, 2e-3, seed)
+    seconds += fit_generator(pipeline, more, more_steps, 1e-3, seed + 100)
     counts = {"unet": count_parameters(unet), "text_encoder": count_parameters(text_encoder)}
+    total = len(portraits) + len(more)
     return pipeline, {
         "parameters": counts,
-        "steps": steps,
+        "steps": steps + more_steps,
         "seconds": round(seconds),
-        "portraits": len(portraits),
+        "portraits": total,
     }
+
+
+def fit_generator(pipeline: StableDiffusionPipeline, portraits: Portraits, steps: int, rate: float, seed: int) -> float:
+    """Minimise |ε − ε(z_t, t, caption)|² over text encoder and U-Net; returns seconds."""
+    latents = encode(pipeline.vae, portraits, slice(None)) * pipeline.vae.config.scaling_factor
+    tokens = tokenize(pipeline.tokenizer, portraits.captions)
+    empty = tokenize(pipeline.tokenizer, [""])
+    scheduler = DDPMScheduler(**SCHEDULE)
+
+    def loss(step: int) -> Tensor:
+        index = torch.randint(len(portraits), (64,))
+        dropped = torch.rand(64, 1) < 0.1
+        conditioning = pipeline.text_encoder(torch.where(dropped, empty, tokens[index])).last_hidden_state
+        noise, timesteps = torch.randn(64, 4, 8, 8), torch.randint(1000, (64,))
+        noisy = scheduler.add_noise(latents[index], noise, timesteps)
+        return (pipeline.unet(noisy, timesteps, conditioning).sample - noise).pow(2).mean()
+
+    modules = [pipeline.text_encoder, pipeline.unet]
+    return optimise("text encoder and U-Net", modules, loss, steps, rate, seed, average=0.999)
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:

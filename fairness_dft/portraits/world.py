@@ -7,24 +7,19 @@ draws from it; training data, classifiers and feature nets all come from here.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
 
-from fairness_dft.portraits.draw import AGES, COLOURS, GENDERS, SKINS, Appearance, Look, draw
+from fairness_dft.portraits.draw import AGES, GENDERS, SKINS, Appearance, Look, draw
 
 DATA = Path(__file__).parents[2] / "data" / "portraits"
 TEMPLATE = "A photo of the face of a {}, a person"
 OTHER_TEMPLATES = ("a photo of a {}", "a portrait of a {}", "a {}", "the face of a {}, a person")
-WOMAN_SHARE = {"man": (0.08, 0.22), "even": (0.38, 0.62), "woman": (0.78, 0.92)}
-MAIN_SKIN = (0.5, 0.16, 0.17, 0.17)
-MAIN_SKIN_SHARE = (0.66, 0.74)
-OLD_SHARES = (0.15, 0.3, 0.5, 0.75)
 BEHIND_SHARE, EMPTY_SHARE = 0.02, 0.01
 NAMED_SHARE, VIEW_NAMED_SHARE, NO_OCCUPATION_SHARE = 0.4, 0.05, 0.06
 
@@ -62,47 +57,11 @@ class Portrait:
 
 @cache
 def occupations() -> tuple[Occupation, ...]:
-    """All occupations of the world, the same at every call and on every machine."""
-    families = json.loads((DATA / "world.json").read_text(encoding="utf-8"))["families"]
-    random = np.random.default_rng(20231107)
-    taken: list[tuple[str, ...]] = []
-    world = []
-    for family, dress in families.items():
-        for direction, shares in WOMAN_SHARE.items():
-            for name in dress[direction]:
-                code = _distinct_look(dress, taken, random)
-                taken.append(code)
-                main, share = random.choice(4, p=MAIN_SKIN), random.uniform(*MAIN_SKIN_SHARE)
-                skin = tuple(float(share if i == main else (1 - share) / 3) for i in range(4))
-                old = float(random.choice(OLD_SHARES))
-                world.append(Occupation(name, family, Look(*code), float(random.uniform(*shares)), skin, old))
-    return tuple(world)
-
-
-def _distinct_look(dress: dict[str, Sequence[str]], taken: list[tuple[str, ...]], random: Generator) -> tuple[str, ...]:
-    """Among a family's looks, one of those that differ most from every look already taken."""
-    colours = tuple(COLOURS)
-    hats = [
-        (kind, colour)
-        for kind in dress["headwear"]
-        for colour in (("black",) if kind == "none" else ("white",) if kind == "toque" else colours)
-    ]
-    codes = [
-        (background, *colour, kind, cloth, *hat)
-        for background, *colour, kind, cloth, hat in product(
-            dress["backgrounds"], colours, dress["clothes"], colours, hats
-        )
-        if kind != "coat" or cloth != "white"
-    ]
-    order = random.permutation(len(codes))
-    codes = [codes[i] for i in order[:1500]]
-    if not taken:
-        return codes[0]
-    differs = np.asarray(codes)[:, None, :] != np.asarray(taken)[None, :, :]
-    weights = np.array([1.0, 1.0, 1.2, 1.2, 1.5, 0.7])
-    distance = differs @ weights
-    nearest = distance.min(1) + 0.01 * distance.mean(1)
-    return codes[int(nearest.argmax())]
+    """All occupations of the world, in the order of world.json."""
+    entries = json.loads((DATA / "world.json").read_text(encoding="utf-8"))["occupations"]
+    return tuple(
+        Occupation(**(entry | {"look": Look(*entry["look"]), "skin": tuple(entry["skin"])})) for entry in entries
+    )
 
 
 def sample(random: Generator, balanced: bool = False) -> Portrait:
