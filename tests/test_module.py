@@ -28,10 +28,8 @@ def module(monkeypatch):
 
 def record(monkeypatch, module, logged):
     """Collect what the module logs, outside of a trainer."""
-    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value.detach())}))
-    monkeypatch.setattr(
-        module, "log_dict", lambda values, **_: logged.update({k: float(v.detach()) for k, v in values.items()})
-    )
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value.item()}))
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: [module.log(*pair) for pair in values.items()])
 
 
 def first_batch(**settings):

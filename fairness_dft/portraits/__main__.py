@@ -23,7 +23,7 @@ from fairness_dft.portraits.text_to_image import (
     train_generator,
 )
 from fairness_dft.portraits.training import draw_portraits, save_half
-from fairness_dft.portraits.world import DATA
+from fairness_dft.portraits.world import DATA, training_subjects
 
 
 def vae_of(folder: Path) -> AutoencoderKL:
@@ -94,6 +94,8 @@ def main() -> None:
     arguments = parser.parse_args()
     manifest_file = arguments.output / "manifest.json"
     arguments.output.mkdir(parents=True, exist_ok=True)
+    subjects = "\n".join(("# The training occupations that the drawn world knows.", *training_subjects()))
+    (arguments.output / "training_occupations.txt").write_text(subjects + "\n", encoding="utf-8")
     for name in arguments.only or STAGES:
         figures = STAGES[name](arguments.output, arguments.scale)
         manifest = json.loads(manifest_file.read_text()) if manifest_file.exists() else {}
