@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class FairnessCLI(LightningCLI):
                 "exit_on_error": False,
                 "allow_abbrev": False,
             },
-            trainer_defaults={"num_sanity_val_steps": 0},
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
         )
 
     @override
@@ -117,6 +118,7 @@ def run_main(main: Any) -> None:
     FAIRNESS_DFT_TRACEBACK=1 shows the whole traceback, for who develops.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises at every start
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated", category=FutureWarning)  # lightning's own
     try:
         main()
     except ValueError as error:

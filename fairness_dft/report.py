@@ -114,17 +114,17 @@ def print_results(content: dict, console: Console | None = None) -> None:
     """Print the results as two short tables: bias before and after, and what was kept."""
     console = console or Console()
     table = Table(title=f"Bias on the test prompts (perceived attributes; aligned: {content['attribute']})")
-    for column in ("attribute", "judge", "before", "after", "95 % interval", "floor", "drift"):
-        table.add_column(column, justify="left" if column in ("attribute", "judge") else "right")
+    for column in ("attribute", "judge", "before", "after", "95 % int.", "floor", "drift"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("attribute", "judge") else "right")
     for judge, attributes in content["bias"].items():
         for name, models in attributes.items():
             before, after = models["original"], models["ema"]
             table.add_row(
                 name,
                 judge,
-                f"{_number(before['bias'])} ± {_number(before['spread'])}",
-                f"{_number(after['bias'])} ± {_number(after['spread'])}",
-                f"{_number(after['low'])} – {_number(after['high'])}",
+                f"{_number(before['bias'])}±{_number(before['spread'])}",
+                f"{_number(after['bias'])}±{_number(after['spread'])}",
+                f"{_number(after['low'])}–{_number(after['high'])}",
                 _number(after["floor"]),
                 _number(models.get("drift")),
             )
@@ -136,7 +136,7 @@ def print_results(content: dict, console: Console | None = None) -> None:
         kept.add_row(measure, _number(models.get("original"), 3), _number(models.get("ema"), 3))
     faces = next(iter(next(iter(content["bias"].values())).values()))
     without = [faces[model]["without_face"] / faces[model]["images"] for model in ("original", "ema")]
-    kept.add_row("images without a face", *(_number(share, 3) for share in without))
+    kept.add_row("without a face", *(_number(share, 3) for share in without))
     console.print(kept)
 
 
