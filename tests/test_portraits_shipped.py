@@ -22,7 +22,7 @@ def test_at_most_16_megabytes():
 def test_loads_as_a_stable_diffusion_pipeline():
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(PORTRAITS / "pipeline", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(PORTRAITS / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     random = torch.Generator().manual_seed(0)
     image = pipeline("a portrait of a chef", num_inference_steps=4, guidance_scale=2.0, generator=random).images[0]
