@@ -199,7 +199,17 @@ def fit_generator(pipeline: StableDiffusionPipeline, portraits: Portraits, steps
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Save in the Stable Diffusion layout, weights in half precision."""
-    pipeline.to(dtype=torch.float16)
+    """Save in the Stable Diffusion layout, the large parts in half precision.
+
+    transformers loads a text encoder in the precision it is stored in, diffusers everything else in single
+    precision; a half-precision text encoder would not fit the rest.
+    """
+    for part in (pipeline.vae, pipeline.unet):
+        part.half()
     pipeline.save_pretrained(folder, safe_serialization=True)
-    pipeline.to(dtype=torch.float32)
+    for part in (pipeline.vae, pipeline.unet):
+        part.float()
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)  # where the machine that trained it kept it
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
