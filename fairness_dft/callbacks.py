@@ -274,12 +274,13 @@ class ImageGrid(EvaluationCallback):
 
     @override
     def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        log_dir = trainer.log_dir  # a broadcast: every rank must ask
         if not trainer.is_global_zero or not self.rows:
             return
         attribute = module.attribute.name
         grid = comparison_grid(self.rows, attribute, module.judge.classes(attribute))
-        if trainer.log_dir is not None and stage == "test":
-            self.file = Path(trainer.log_dir, "before_after.png")
+        if log_dir is not None and stage == "test":
+            self.file = Path(log_dir, "before_after.png")
             self.file.parent.mkdir(parents=True, exist_ok=True)
             grid.save(self.file)
         for logger in trainer.loggers:
@@ -307,8 +308,9 @@ class AdapterCheckpoint(Callback):
 
     def save(self, trainer: Trainer, module: FairFinetuning) -> None:
         """Write both adapters, on the first rank."""
-        if trainer.is_global_zero and trainer.log_dir is not None and not trainer.fast_dev_run:
-            folder = Path(trainer.log_dir, "adapters", f"step_{trainer.global_step:06d}")
+        log_dir = trainer.log_dir  # a broadcast: every rank must ask
+        if trainer.is_global_zero and log_dir is not None and not trainer.fast_dev_run:
+            folder = Path(log_dir, "adapters", f"step_{trainer.global_step:06d}")
             for name in ("trained", "ema"):
                 module.adapter.save(folder / name, name)
 

@@ -27,7 +27,8 @@ def main(args: ArgsType = None) -> None:
     trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
     trained = time.monotonic()
     trainer.test(module, data, verbose=False)
-    if not trainer.is_global_zero or trainer.log_dir is None:
+    log_dir = trainer.log_dir  # a broadcast: every rank must ask
+    if not trainer.is_global_zero or log_dir is None:
         return
     find = {type(callback): callback for callback in trainer.callbacks}
     target = dict(zip(module.judge.classes(module.attribute.name), module.target.tolist(), strict=True))
@@ -41,7 +42,7 @@ def main(args: ArgsType = None) -> None:
         "versions": {name: version(name) for name in PACKAGES},
     }
     content = results(module.attribute.name, target, find[BiasMonitor].summaries, find[QualityMonitor].values, run)
-    folder = Path(trainer.log_dir)
+    folder = Path(log_dir)
     write_json(folder / "results.json", content)
     print_results(content)
     print(f"Picture: {find[ImageGrid].file}\nResults: {folder / 'results.json'}")
