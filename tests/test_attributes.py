@@ -60,4 +60,5 @@ def test_a_number_out_of_its_range_is_refused(field: str, value: float) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_the_ends_of_the_range_are_allowed(value: float) -> None:
-    Attribute(confidence=value, factor1=value, factor2=value)
+    attribute = Attribute(confidence=value, factor1=value, factor2=value)
+    assert attribute.confidence == attribute.factor1 == attribute.factor2 == value
