@@ -108,7 +108,7 @@ class FairFinetuning(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> STEP_OUTPUT:
         random = self.randomness()
         noise, steps = self.generator.noise(batch.seeds), self.sampler.draw_steps(random)
-        original = self.generate("original", batch, noise, steps)
+        original = self.generate("original", self.sampler, batch, noise, steps)
         images = self.sampler(self.generator, batch.prompt.text, noise, steps, random)
 
         verdict, before = self.judge(images), self.judge(original)
@@ -141,9 +141,8 @@ class FairFinetuning(LightningModule):
         return torch.Generator().manual_seed(self.seed * 1_000_003 + batches)
 
     @torch.no_grad()
-    def generate(self, name: Name, batch: PromptBatch, noise: Tensor, steps: int | None = None) -> Tensor:
+    def generate(self, name: Name, sampler: Sampler, batch: PromptBatch, noise: Tensor, steps: int) -> Tensor:
         """Images of the original, trained or EMA model, without a graph, with shape (N, 3, H, W), in [0, 1]."""
-        sampler = self.sampler if steps else self.evaluation_sampler
         with self.adapter.using(name):
             return sampler(self.generator, batch.prompt.text, noise, steps)
 
@@ -185,9 +184,10 @@ class FairFinetuning(LightningModule):
         return self.compare(batch, ("original", "ema"))
 
     def compare(self, batch: PromptBatch, names: Sequence[Name]) -> dict[str, Tensor]:
-        """Images of several models from the same noise; callbacks measure and show them."""
+        """Images of several models from the same noise in the same number of steps, for callbacks to measure."""
         noise = self.generator.noise(batch.seeds)
-        return {name: self.generate(name, batch, noise) for name in names}
+        steps = self.evaluation_sampler.draw_steps(torch.Generator().manual_seed(self.seed))
+        return {name: self.generate(name, self.evaluation_sampler, batch, noise, steps) for name in names}
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

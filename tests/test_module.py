@@ -134,6 +134,16 @@ def test_evaluation_builds_no_graph(module):
     assert module.adapter.active == "trained"
 
 
+def test_models_are_compared_at_the_same_number_of_steps(module):
+    """A sampler that draws its number of steps must not draw it anew for each model."""
+    module.evaluation_sampler = Sampler(steps=2, steps_max=9, guidance_scale=2.0)
+    batch = first_batch(images_per_prompt=2)
+    for _ in range(3):
+        images = module.compare(batch, ("original", "trained", "ema"))
+        torch.testing.assert_close(images["trained"], images["original"])  # an adapter at its start changes nothing
+        torch.testing.assert_close(images["ema"], images["original"])
+
+
 def test_state_holds_the_adapter_alone(module):
     state = module.state_dict()
     assert len(state) == 2 * len(module.adapter.parameters())
