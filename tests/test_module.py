@@ -32,12 +32,21 @@ def record(monkeypatch, module, logged):
     monkeypatch.setattr(module, "log_dict", lambda values, **_: [module.log(*pair) for pair in values.items()])
 
 
+def move(module, size):
+    """Take the adapter away from its start, where x equals o and every distance is zero."""
+    random = torch.Generator().manual_seed(3)
+    state = module.adapter.state_dict("trained")
+    moved = {key: value + size * torch.randn(value.shape, generator=random) for key, value in state.items()}
+    module.adapter.load_state_dict(moved, "trained")
+
+
 def first_batch(**settings):
     return next(iter(prompts(**settings).train_dataloader()))
 
 
 def test_training_step_is_the_algorithm_written_out(module, monkeypatch):
-    batch = first_batch()
+    move(module, 0.3)
+    batch = first_batch(images_per_prompt=12)
     logged = {}
     record(monkeypatch, module, logged)
     monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
@@ -66,6 +75,8 @@ def test_training_step_is_the_algorithm_written_out(module, monkeypatch):
             same = target is not None and target == before.classes("gender")[i]
             semantics += float(distance) * (1.0 if no_face or same else 0.3) / len(images)
     assert chosen > 0
+    both = seen.face & before.face
+    assert (seen.classes("gender") != before.classes("gender"))[both].any()  # or the weights would not be tested
     torch.testing.assert_close(logged["loss/alignment"], align / chosen, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logged["loss/semantics"], semantics, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss.item(), align / chosen + 8 * semantics, rtol=1e-4, atol=1e-5)
@@ -92,6 +103,7 @@ def test_a_batch_without_any_face_trains_on_semantics_alone(module, monkeypatch)
 
 def test_checkpointed_step_has_the_gradient_of_the_plain_one(module, monkeypatch):
     record(monkeypatch, module, {})
+    move(module, 0.1)
     gradients = []
     for checkpoint in (False, True):
         module.sampler = Sampler(steps=3, guidance_scale=2.0, checkpoint=checkpoint, decode_chunk=2)
