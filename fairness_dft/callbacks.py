@@ -164,14 +164,14 @@ class BiasMonitor(EvaluationCallback):
             group = f"{prefix}bias_{attribute}"
             if judge == TRAINING:
                 aligned = attribute == module.attribute.name and model == "ema" and stage == "validation"
-                module.log(f"{group}/{model}", summary.bias, prog_bar=aligned, rank_zero_only=True)
-                module.log(f"{group}/floor", summary.floor, rank_zero_only=True)
+                module.log(f"{group}/{model}", summary.bias, prog_bar=aligned, sync_dist=True)
+                module.log(f"{group}/floor", summary.floor, sync_dist=True)
                 for name, share in zip(summary.classes, summary.frequencies, strict=True):
-                    module.log(f"{prefix}frequency_{attribute}/{name}_{model}", share, rank_zero_only=True)
+                    module.log(f"{prefix}frequency_{attribute}/{name}_{model}", share, sync_dist=True)
                 without = summary.without_face / max(summary.images, 1)
-                module.log(f"{prefix}faces/without_face_{model}", without, rank_zero_only=True)
+                module.log(f"{prefix}faces/without_face_{model}", without, sync_dist=True)
             else:
-                module.log(f"{group}/{model}_independent", summary.bias, rank_zero_only=True)
+                module.log(f"{group}/{model}_independent", summary.bias, sync_dist=True)
 
 
 class QualityMonitor(EvaluationCallback):
@@ -236,7 +236,7 @@ class QualityMonitor(EvaluationCallback):
         self.values = {key: float(metric.compute()) for key, metric in self.metrics.items()}
         prefix = "" if stage == "validation" else "test_"
         for (measure, model), value in self.values.items():
-            module.log(f"{prefix}kept/{measure}_{model}", value, rank_zero_only=True)
+            module.log(f"{prefix}kept/{measure}_{model}", value, sync_dist=True)
 
 
 class ImageGrid(EvaluationCallback):

@@ -63,6 +63,8 @@ class FairnessCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, callback in MONITORS.items():
             parser.add_lightning_class_args(callback, name)
+        for seed in ("model.seed", "data.init_args.seed"):
+            parser.link_arguments("seed_everything", seed, compute_fn=int)
         parser.add_argument("--name", type=str, default="run", help="Name of the experiment and of its folder.")
         parser.add_argument("--output", type=str, default="runs", help="Folder that receives all runs.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume from.")

@@ -10,11 +10,11 @@ References:
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -28,6 +28,8 @@ from fairness_dft.metrics import class_bias
 from fairness_dft.prompts import PromptBatch
 from fairness_dft.sampler import Sampler
 from fairness_dft.transport import expected_targets
+
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 class FairFinetuning(LightningModule):
@@ -45,6 +47,8 @@ class FairFinetuning(LightningModule):
         learning_rate: of AdamW.
         betas: of AdamW.
         weight_decay: of AdamW.
+        schedule: the learning rate over the run: `constant` (paper), or `linear` or `cosine` down to zero at
+            the trainer's `max_steps`, which takes the noise out of a short run's last steps.
         draws: number of draws for the transport targets where they cannot be enumerated.
         seed: seeds the number of sampling steps and the steps that carry gradient.
     """
@@ -62,6 +66,7 @@ class FairFinetuning(LightningModule):
         learning_rate: float = 5e-5,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 1e-2,
+        schedule: Schedule = "constant",
         draws: int = 100,
         seed: int = 0,
     ) -> None:
@@ -74,6 +79,7 @@ class FairFinetuning(LightningModule):
         self.evaluation_sampler = evaluation_sampler or self.sampler
         self.semantics_weight = semantics_weight
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
+        self.schedule = schedule
         self.draws, self.seed = draws, seed
         self.loaded = False
 
@@ -99,10 +105,15 @@ class FairFinetuning(LightningModule):
         warnings.filterwarnings("ignore", message="Found .* in eval mode")
 
     @override
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        from transformers import get_scheduler
+
+        optimizer = torch.optim.AdamW(
             self.adapter.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
+        steps = None if self.schedule == "constant" else int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=0, num_training_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override
     def training_step(self, batch: PromptBatch, batch_idx: int) -> STEP_OUTPUT:

@@ -135,6 +135,11 @@ def test_every_experiment_builds_on_the_miniature(tmp_path):
         assert len(cli.datamodule.prompts("train")) >= 100
 
 
+def test_one_seed_for_everything(tmp_path):
+    cli = FairnessCLI([*MINIATURE, f"--output={tmp_path}", "--seed_everything=3"])
+    assert cli.model.seed == 3 and cli.datamodule.seed == 3
+
+
 def test_quickstart_uses_the_miniature_as_the_shared_part_does():
     quickstart = yaml.safe_load((ROOT / "experiments/quickstart.yaml").read_text())
     part = yaml.safe_load((ROOT / "experiments/parts/portraits.yaml").read_text())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning import Callback
 from miniature import finetuning, prompts, trainer
 from torch.nn.functional import cross_entropy
 
@@ -193,6 +194,19 @@ def test_training_lowers_the_alignment_loss_on_one_batch(tmp_path):
     before = (towards_target() - 0.5).abs().max()
     trainer(tmp_path, max_steps=12).fit(module, prompts(images_per_prompt=16, train_prompts=1))
     assert (towards_target() - 0.5).abs().max() < before
+
+
+@pytest.mark.parametrize(("schedule", "shares"), [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25])])
+def test_learning_rate_follows_its_schedule(tmp_path, schedule, shares):
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = finetuning(learning_rate=1e-3, schedule=schedule, features=[])
+    trainer(tmp_path, max_steps=4, callbacks=[Watch()]).fit(module, prompts(images_per_prompt=2))
+    assert seen == pytest.approx([1e-3 * share for share in shares])
 
 
 def test_clip_text_and_image_share_a_space(module):
