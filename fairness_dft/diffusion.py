@@ -199,7 +199,8 @@ class StableDiffusion(TextToImage):
             self.text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **weights)
             self.vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
             self.unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
-        self.vae.to(memory_format=torch.channels_last)  # convolutions are faster so
+        for network in (self.vae, self.unet):
+            network.to(memory_format=torch.channels_last)  # convolutions are faster so
         self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
         self.requires_grad_(False).eval()
 

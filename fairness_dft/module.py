@@ -10,6 +10,7 @@ References:
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,19 @@ from fairness_dft.sampler import Sampler
 from fairness_dft.transport import expected_targets
 
 Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Original:
+    """What training needs to know of the frozen model's images o: a few kilobytes an image, not its pixels.
+
+    Attributes:
+        verdict: what the judge sees in them.
+        features: the embeddings by each feature network, with shapes (N, D).
+    """
+
+    verdict: Verdict
+    features: list[Tensor]
 
 
 class FairFinetuning(LightningModule):
@@ -81,6 +95,7 @@ class FairFinetuning(LightningModule):
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = schedule
         self.draws, self.seed = draws, seed
+        self.originals: dict[tuple[Any, ...], Original] = {}
         self.loaded = False
 
     @override
@@ -119,13 +134,13 @@ class FairFinetuning(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> STEP_OUTPUT:
         random = self.randomness()
         noise, steps = self.generator.noise(batch.seeds), self.sampler.draw_steps(random)
-        original = self.generate("original", self.sampler, batch, noise, steps)
+        original = self.original(batch, noise, steps)
         images = self.sampler(self.generator, batch.prompt.text, noise, steps, random)
 
-        verdict, before = self.judge(images), self.judge(original)
+        verdict = self.judge(images)
         alignment = self.assign(verdict, random)
         align = alignment_loss(verdict.logits[self.attribute.name], alignment, self.trainer.world_size)
-        semantics = self.image_semantics(images, original, verdict, before, alignment)
+        semantics = self.image_semantics(images, verdict, original, alignment)
         loss = align + self.semantics_weight * semantics
 
         self.report_step(loss, align, semantics, verdict, alignment)
@@ -157,6 +172,18 @@ class FairFinetuning(LightningModule):
         with self.adapter.using(name):
             return sampler(self.generator, batch.prompt.text, noise, steps)
 
+    @torch.no_grad()
+    def original(self, batch: PromptBatch, noise: Tensor, steps: int) -> Original:
+        """What training needs to know of the frozen model's images o, remembered where the same noise recurs."""
+        key = (batch.prompt.text, steps, *batch.seeds.tolist())
+        if key in self.originals:
+            return self.originals[key]
+        images = self.generate("original", self.sampler, batch, noise, steps)
+        original = Original(self.judge(images), [network(images) for network in self.features])
+        if batch.recurs:
+            self.originals[key] = original
+        return original
+
     def assign(self, verdict: Verdict, random: torch.Generator) -> Alignment:
         """Optimal-transport targets of the global batch, and this rank's share of them."""
         probabilities = self.gather(verdict.probabilities(self.attribute.name).detach())
@@ -173,17 +200,13 @@ class FairFinetuning(LightningModule):
         """Rows of all ranks, rank after rank; every rank has the same number."""
         return self.all_gather(values).flatten(0, 1) if self.trainer.world_size > 1 else values
 
-    def image_semantics(
-        self, images: Tensor, original: Tensor, verdict: Verdict, before: Verdict, alignment: Alignment
-    ) -> Tensor:
+    def image_semantics(self, images: Tensor, verdict: Verdict, original: Original, alignment: Alignment) -> Tensor:
         """L_img of this batch."""
+        before = original.verdict
         changing = must_change(alignment, before.classes(self.attribute.name), verdict.face & before.face)
         images = scale_face_gradient(images, verdict.boxes, before.boxes, changing, self.attribute.factor2)
-        similarities = []
-        for network in self.features:
-            with torch.no_grad():
-                reference = network(original)
-            similarities.append((network(images) * reference).sum(-1))
+        pairs = zip(self.features, original.features, strict=True)
+        similarities = [(network(images) * reference).sum(-1) for network, reference in pairs]
         return semantics_loss(similarities, changing, self.attribute.factor1)
 
     @override

@@ -12,7 +12,7 @@ https://arxiv.org/abs/2311.07604
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ IMAGES = {
     "test": "test_images_per_prompt",
 }
 ORDER_STREAM = len(SPLITS)  # the seeds of a split hash with its number, the orders with the next one
+POOL_STREAM = ORDER_STREAM + 1  # and the choice from the noise pool with the one after
 PAPER_FILES = [
     f"data/prompts/{name}.json" for name in ("occupations", "occupations_in_context", "descriptors", "sports")
 ]
@@ -57,11 +58,13 @@ class PromptBatch:
     Attributes:
         prompt: the prompt P, the same on every rank.
         index: position of the prompt in its split.
+        recurs: whether this prompt comes with these seeds again, so that it pays to remember the originals.
         seeds: one noise seed for each image of this rank, with shape (N / world size,), int64, non-negative.
     """
 
     prompt: Prompt
     index: int
+    recurs: bool = False
     seeds: Tensor
 
 
@@ -292,7 +295,7 @@ class PromptLoader:
 
 
 class TrainingPromptLoader(PromptLoader):
-    """Yields the training prompts in another order every epoch, with fresh seeds.
+    """Yields the training prompts in another order every epoch, with fresh seeds or seeds from a pool.
 
     The batches are one endless stream, of which each iteration takes the next `len(self)`. Whatever ends an
     epoch early, be it `limit_train_batches` or an interruption, the next one goes on from there.
@@ -301,10 +304,20 @@ class TrainingPromptLoader(PromptLoader):
         repeats: how many times each prompt comes in an epoch.
         start: how many batches of the stream were trained on before.
         prompts: the training prompts; this and the rest as in `PromptLoader`.
+        noise_pool: how many sets of N seeds each prompt has, of which every batch draws one; fresh seeds
+            for every batch if left out.
     """
 
-    def __init__(self, repeats: Sequence[int], start: int, prompts: Sequence[Prompt], **loader: Any) -> None:
+    def __init__(
+        self,
+        repeats: Sequence[int],
+        start: int,
+        prompts: Sequence[Prompt],
+        noise_pool: int | None = None,
+        **loader: Any,
+    ) -> None:
         super().__init__(prompts, "train", **loader)
+        self.noise_pool = noise_pool
         self.slots = np.repeat(np.arange(len(prompts)), repeats)
         self.next_batch = start
 
@@ -318,6 +331,13 @@ class TrainingPromptLoader(PromptLoader):
             epoch, position = divmod(self.next_batch, len(self))
             self.next_batch += 1
             yield self.batch(epoch, position, index=int(self.order(epoch)[position]))
+
+    @override
+    def batch(self, epoch: int, position: int, index: int) -> PromptBatch:
+        if self.noise_pool is None:
+            return super().batch(epoch, position, index)
+        chosen = int(_hash(self.seed, (POOL_STREAM, epoch, position), 1)[0] % self.noise_pool)
+        return replace(super().batch(epoch=chosen, position=index, index=index), recurs=True)
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns π_e, the prompt index at every position of an epoch, with shape (len(self),)."""
@@ -361,6 +381,8 @@ class PromptModule(LightningDataModule):
         test_prompts: only the first so many test prompts of each file.
         train_subjects: plain text file with the subjects to train on, one a line; training prompts about
             anything else are left out, validation and test are not changed.
+        noise_pool: how many sets of N noises each training prompt has. Training then meets the same noise
+            again, and the original's images are judged only once; fresh noise in every step if left out.
         seed: what the order of the prompts and the noise are derived from.
 
     Raises:
@@ -378,9 +400,11 @@ class PromptModule(LightningDataModule):
         validation_prompts: int | None = None,
         test_prompts: int | None = None,
         train_subjects: str | None = None,
+        noise_pool: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.noise_pool = noise_pool
         self.images_per_prompt = images_per_prompt
         self.validation_images_per_prompt = validation_images_per_prompt
         self.test_images_per_prompt = test_images_per_prompt
@@ -388,6 +412,7 @@ class PromptModule(LightningDataModule):
         self.weights = [1] * len(files) if weights is None else weights
         self.seed = seed
         _check_at_least(0, seed=seed)
+        _check_at_least(1, noise_pool=noise_pool)
         _check_at_least(1, **{name: getattr(self, name) for name in IMAGES.values()})
         _check_at_least(1, **{f"{split}_prompts": count for split, count in self.limits.items()})
         _check_at_least(1, files=len(files), weights=min(self.weights, default=1))
@@ -437,7 +462,7 @@ class PromptModule(LightningDataModule):
         """Returns the training prompts from where the trainer stands: 0, or where it was interrupted."""
         prompts, repeats = zip(*self._weighted("train"), strict=True)
         start = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
-        return TrainingPromptLoader(repeats, start, prompts, **self._loader_settings("train"))
+        return TrainingPromptLoader(repeats, start, prompts, self.noise_pool, **self._loader_settings("train"))
 
     @override
     def val_dataloader(self) -> PromptLoader:

@@ -1,5 +1,7 @@
 """The training step against the paper's algorithm written out, and what a fit may and may not change."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning import Callback
@@ -81,6 +83,22 @@ def test_training_step_is_the_algorithm_written_out(module, monkeypatch):
     torch.testing.assert_close(logged["loss/alignment"], align / chosen, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logged["loss/semantics"], semantics, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss.item(), align / chosen + 8 * semantics, rtol=1e-4, atol=1e-5)
+
+
+def test_originals_are_remembered_where_their_noise_recurs_and_change_nothing(module, monkeypatch):
+    record(monkeypatch, module, {})
+    move(module, 0.3)
+    monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+    sampled = []
+    generate = module.generate
+    monkeypatch.setattr(module, "generate", lambda *inputs: sampled.append(inputs[0]) or generate(*inputs))
+    first, second = list(prompts(noise_pool=1).train_dataloader())[:2]
+    assert first.recurs and first.prompt != second.prompt
+    losses = [module.training_step(batch, 0).item() for batch in (first, second, first)]
+    assert losses[0] == losses[2] != losses[1] and sampled == ["original"] * 2
+    module.training_step(replace(first, recurs=False, seeds=first.seeds + 1), 0)
+    module.training_step(replace(first, recurs=False, seeds=first.seeds + 1), 0)
+    assert len(sampled) == 4 and len(module.originals) == 2
 
 
 def test_a_batch_without_any_face_trains_on_semantics_alone(module, monkeypatch):

@@ -307,6 +307,18 @@ def test_an_epoch_that_ends_early_is_gone_on_with():
     assert first == expected[:2] and contents(loader)[:2] == expected[3:]
 
 
+def test_a_noise_pool_brings_each_prompt_with_its_own_few_sets_of_seeds():
+    loader = training(repeats=[1, 3, 1, 1, 2], noise_pool=3)
+    batches = [batch for _ in range(30) for batch in loader]
+    sets = {index: {tuple(b.seeds.tolist()) for b in batches if b.index == index} for index in range(5)}
+    assert all(len(found) == 3 for found in sets.values()) and all(batch.recurs for batch in batches)
+    assert len({seed for found in sets.values() for seeds in found for seed in seeds}) == 5 * 3 * 4
+    assert {batch.index for batch in batches[:8]} == set(range(5))  # the order is the one without a pool
+    resumed = training(repeats=[1, 3, 1, 1, 2], noise_pool=3, start=11)
+    assert contents(resumed) == [content(batch) for batch in batches[11:19]]
+    assert not any(batch.recurs for batch in training())
+
+
 def test_evaluation_has_one_order_and_its_own_seeds():
     loader = PromptLoader(jobs(5), "validation", 0, 4)
     assert contents(loader) == contents(loader)
@@ -420,6 +432,7 @@ def test_train_subjects_that_leave_nothing_are_refused(tmp_path):
         ({"images_per_prompt": 0}, "^images_per_prompt must be at least 1, but is 0"),
         ({"test_images_per_prompt": -1}, "test_images_per_prompt must be at least 1"),
         ({"validation_prompts": 0}, "validation_prompts must be at least 1"),
+        ({"noise_pool": 0}, "noise_pool must be at least 1, but is 0"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"weights": [1, 2]}, "weights must be one number a file, but 4 files have 2"),
         ({"weights": [1, 6, 0, 4]}, "weights must be at least 1, but is 0"),
