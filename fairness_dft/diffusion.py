@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fairness_dft.prompts import resolve
+from fairness_dft.prompt_files import resolve
 
 
 class TextToImage(nn.Module, ABC):

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from fairness_dft.diffusion import on_hub, quiet
 from fairness_dft.preprocessing import Preprocessing
-from fairness_dft.prompts import resolve
+from fairness_dft.prompt_files import resolve
 
 
 class FeatureNet(nn.Module, ABC):

@@ -10,11 +10,9 @@ the seeds.
 https://arxiv.org/abs/2311.07604
 """
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +20,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from typing_extensions import override
 
-SPLITS = ("train", "validation", "test")
-KEYS = ("concept", "source", "licence", "templates", *SPLITS)
+from fairness_dft.prompt_files import SPLITS, Prompt, PromptList, lines, normalise, resolve
+
 IMAGES = {
     "train": "images_per_prompt",
     "validation": "validation_images_per_prompt",
@@ -35,20 +33,6 @@ PAPER_FILES = [
     f"data/prompts/{name}.json" for name in ("occupations", "occupations_in_context", "descriptors", "sports")
 ]
 PAPER_WEIGHTS = [1, 6, 20, 4]
-
-
-class Prompt(NamedTuple):
-    """A complete prompt; a named tuple, because Lightning refuses to move frozen dataclasses between devices.
-
-    Attributes:
-        text: what the text encoder reads, "A photo of the face of a chef, a person".
-        subject: what the prompt is about, "chef".
-        concept: the kind of subject, "occupation".
-    """
-
-    text: str
-    subject: str
-    concept: str
 
 
 @dataclass(kw_only=True)
@@ -66,20 +50,6 @@ class PromptBatch:
     index: int
     recurs: bool = False
     seeds: Tensor
-
-
-def resolve(path: str | Path) -> Path:
-    """Finds a file from the current directory or, if it is not there, from the root of the repository.
-
-    Args:
-        path: an absolute path, or one relative to either place.
-
-    Returns:
-        The path where the file is, or the path as given if it is in neither place.
-    """
-    given = Path(path).expanduser()
-    shipped = Path(__file__).resolve().parent.parent / given
-    return shipped if shipped.exists() and not given.exists() else given
 
 
 def noise_seeds(seed: int, split: str, epoch: int, position: int, count: int) -> Tensor:
@@ -101,151 +71,6 @@ def noise_seeds(seed: int, split: str, epoch: int, position: int, count: int) ->
 
 def _hash(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
     return np.random.SeedSequence(seed, spawn_key=key).generate_state(count, np.uint64)
-
-
-@dataclass(frozen=True)
-class PromptList:
-    """The prompts of one file, by split.
-
-    In a JSON file every entry goes through every template, in whose place stands the concept in braces:
-
-        {"concept": "occupation", "source": "...", "licence": "...",
-         "templates": ["A photo of the face of a {occupation}, a person"],
-         "train": ["chef", "pilot"], "validation": ["librarian"], "test": ["senator"]}
-
-    An entry may also be a complete prompt, {"subject": "chef", "text": "A chef in a kitchen, watercolour"}.
-    A file may leave out source, licence, and splits it has no use for. A file of any other type is plain text
-    with one complete prompt a line, where "#" starts a comment line, and serves every split.
-
-    Attributes:
-        path: where the prompts came from.
-        splits: the prompts of each split that the file has, in the order of the file.
-    """
-
-    path: Path
-    splits: dict[str, tuple[Prompt, ...]]
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "PromptList":
-        """Reads a prompt file.
-
-        Args:
-            path: a JSON or plain text file, found by `resolve`.
-
-        Raises:
-            ValueError: if the file cannot be read or is malformed.
-        """
-        path = resolve(path)
-        if path.suffix.lower() == ".json":
-            return cls(path, _parse(path))
-        prompts = tuple(Prompt(line, line, path.stem) for line in _lines(path))
-        return cls(path, dict.fromkeys(SPLITS, prompts))
-
-    def split(self, name: str) -> tuple[Prompt, ...]:
-        """Returns the prompts of a split.
-
-        Args:
-            name: "train", "validation" or "test".
-
-        Raises:
-            ValueError: if the file has no such split.
-        """
-        if name not in self.splits:
-            raise ValueError(
-                f'{self.path}: there is no "{name}" split, only {_quoted(self.splits)};'
-                f' add a "{name}" list to the file or choose another file'
-            )
-        return self.splits[name]
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
-
-
-def _normalise(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: there is no such file; give a path relative to the current directory ({Path.cwd()}),"
-            " a path relative to the repository, or an absolute one"
-        )
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file again as UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-
-
-def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in _read(path).splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    if not lines:
-        raise ValueError(f"{path}: every line is blank or a comment; add one entry a line")
-    return lines
-
-
-def _parse(path: Path) -> dict[str, tuple[Prompt, ...]]:
-    try:
-        data = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); correct it there,"
-            " or use a .txt file with one prompt a line"
-        ) from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: must hold one object in braces, with some of the keys {_quoted(KEYS)}")
-    if unknown := [key for key in data if key not in KEYS]:
-        raise ValueError(f"{path}: unknown key {_quoted(unknown)}; the keys are {_quoted(KEYS)}")
-    if not _is_text(data.get("concept")):
-        raise ValueError(f'{path}: "concept" must be a name such as "occupation"; add it')
-    splits = {split: _prompts(path, data, split) for split in SPLITS if split in data}
-    if not splits:
-        raise ValueError(f"{path}: there is no split; add at least one of the lists {_quoted(SPLITS)}")
-    _refuse_overlap(path, splits)
-    return splits
-
-
-def _prompts(path: Path, data: dict[str, Any], split: str) -> tuple[Prompt, ...]:
-    concept, entries, templates = data["concept"], data[split], data.get("templates", [])
-    placeholder = f"{{{concept}}}"
-    if not isinstance(templates, list) or not all(map(_is_text, templates)):
-        raise ValueError(f'{path}: "templates" must be a list of strings, each with {placeholder} in it')
-    if lacking := [template for template in templates if placeholder not in template]:
-        raise ValueError(f"{path}: the template {_quoted(lacking)} lacks its placeholder; write {placeholder} in it")
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f'{path}: "{split}" must be a list with at least one entry; fill it or leave it out')
-    prompts: list[Prompt] = []
-    for number, entry in enumerate(entries, start=1):
-        where = f'{path}: entry {number} of "{split}"'
-        if _is_text(entry) and not templates:
-            raise ValueError(f'{where} has no template to fill; add "templates" with {placeholder} in each')
-        if _is_text(entry):
-            subject = entry.strip()
-            prompts += [Prompt(text.replace(placeholder, subject), subject, concept) for text in templates]
-        elif isinstance(entry, dict) and set(entry) == {"subject", "text"} and all(map(_is_text, entry.values())):
-            prompts.append(Prompt(entry["text"].strip(), entry["subject"].strip(), concept))
-        else:
-            raise ValueError(f'{where} is {entry!r}; write a string or {{"subject": "...", "text": "..."}}')
-    return tuple(prompts)
-
-
-def _refuse_overlap(path: Path, splits: dict[str, tuple[Prompt, ...]]) -> None:
-    home: dict[str, str] = {}
-    for split, prompts in splits.items():
-        for prompt in prompts:
-            if (other := home.setdefault(_normalise(prompt.text), split)) != split:
-                raise ValueError(
-                    f'{path}: "{prompt.text}" is in both "{other}" and "{split}"; remove it from one of them,'
-                    " or the evaluation sees what was trained on"
-                )
 
 
 class PromptLoader:
@@ -420,7 +245,7 @@ class PromptModule(LightningDataModule):
             raise ValueError(f"weights must be one number a file, but {len(files)} files have {len(self.weights)}")
         self.lists = [PromptList.from_file(file) for file in files]
         self.train_subjects = train_subjects and resolve(train_subjects)
-        self.kept = {_normalise(line) for line in _lines(self.train_subjects)} if self.train_subjects else None
+        self.kept = {normalise(line) for line in lines(self.train_subjects)} if self.train_subjects else None
 
     def prompts(self, split: str) -> list[Prompt]:
         """Returns the prompts of a split, file after file; `PromptBatch.index` counts them in this order.
@@ -444,7 +269,7 @@ class PromptModule(LightningDataModule):
         return pairs
 
     def _keeps(self, prompt: Prompt, split: str) -> bool:
-        return split != "train" or self.kept is None or _normalise(prompt.subject) in self.kept
+        return split != "train" or self.kept is None or normalise(prompt.subject) in self.kept
 
     @override
     def setup(self, stage: str) -> None:
