@@ -101,7 +101,8 @@ class BiasMonitor(EvaluationCallback):
     """Bias and class frequencies of each model, by the training judge and by one that training never saw.
 
     Args:
-        attributes: which attributes are watched; those that a judge does not read are left out.
+        attributes: which attributes are watched besides the aligned one; those that a judge does not read are
+            left out.
         independent_judge: a face finder and classifier trained apart from those that training learns from.
 
     Attributes:
@@ -130,9 +131,9 @@ class BiasMonitor(EvaluationCallback):
         if self.independent_judge is not None:
             yield INDEPENDENT, self.independent_judge.to(module.device)
 
-    def read_by(self, judge: Judge) -> list[str]:
-        """The watched attributes that a judge reads."""
-        return [name for name in self.attributes if name in judge.classifier.heads]
+    def read_by(self, judge: Judge, aligned: str) -> list[str]:
+        """The watched attributes that a judge reads, the aligned one first."""
+        return [name for name in dict.fromkeys((aligned, *self.attributes)) if name in judge.classifier.heads]
 
     @override
     def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
@@ -146,7 +147,7 @@ class BiasMonitor(EvaluationCallback):
         for judge_name, judge in self.judges(module):
             for model, pictures in images.items():
                 verdict = judge(pictures)
-                for attribute in self.read_by(judge):
+                for attribute in self.read_by(judge, module.attribute.name):
                     metric = self.metric((judge_name, attribute, model), judge).to(module.device)
                     metric.update(batch.index, verdict.classes(attribute), verdict.face)
 
@@ -179,7 +180,8 @@ class QualityMonitor(EvaluationCallback):
 
     CLIP-T is the cosine of image and prompt; the module's feature networks give the cosine of each image with the
     original model's from the same noise (CLIP-I, DINO). Where a judge also reads the subject of the prompt, such as
-    the occupation, the share of images in which it reads the same as in the original is reported.
+    the occupation, the share of images in which it reads the same as in the original is reported, of all images: one
+    that lost its face counts by what is read in it all the same.
 
     Args:
         judge: a judge that training never saw, with a head for the subject; none skips the last measure.
@@ -222,9 +224,8 @@ class QualityMonitor(EvaluationCallback):
             read = {model: judge(pictures) for model, pictures in images.items()}
             original = read.pop("original")
             for model, verdict in read.items():
-                both = verdict.face & original.face
                 same = verdict.classes(self.subject) == original.classes(self.subject)
-                self.update(module, (f"{self.subject}_kept", model), same[both].float())
+                self.update(module, (f"{self.subject}_kept", model), same.float())
 
     def update(self, module: FairFinetuning, key: tuple[str, str], values: Tensor) -> None:
         """Add values to the mean of a (measure, model), made on first use."""

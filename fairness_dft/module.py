@@ -179,7 +179,8 @@ class FairFinetuning(LightningModule):
         if key in self.originals:
             return self.originals[key]
         images = self.generate("original", self.sampler, batch, noise, steps)
-        original = Original(self.judge(images), [network(images) for network in self.features])
+        features = [self.sampler.in_chunks(network, images) for network in self.features]
+        original = Original(self.judge(images), features)
         if batch.recurs:
             self.originals[key] = original
         return original
@@ -206,7 +207,8 @@ class FairFinetuning(LightningModule):
         changing = must_change(alignment, before.classes(self.attribute.name), verdict.face & before.face)
         images = scale_face_gradient(images, verdict.boxes, before.boxes, changing, self.attribute.factor2)
         pairs = zip(self.features, original.features, strict=True)
-        similarities = [(network(images) * reference).sum(-1) for network, reference in pairs]
+        embed = self.sampler.in_chunks
+        similarities = [(embed(network, images) * reference).sum(-1) for network, reference in pairs]
         return semantics_loss(similarities, changing, self.attribute.factor1)
 
     @override

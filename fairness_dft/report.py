@@ -113,7 +113,11 @@ def write_json(file: Path, content: dict[str, object]) -> None:
 def print_results(content: dict, console: Console | None = None) -> None:
     """Print the results as two short tables: bias before and after, and what was kept."""
     console = console or Console()
-    table = Table(title=f"Bias on the test prompts (perceived attributes; aligned: {content['attribute']})")
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in content["target"].items())
+    table = Table(
+        title=f"Bias on the test prompts (perceived attributes; aligned: {content['attribute']})",
+        caption=f"bias is against equal shares; {content['attribute']} was aligned to {shares}",
+    )
     for column in ("attribute", "judge", "before", "after", "95 % int.", "floor", "drift"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("attribute", "judge") else "right")
     for judge, attributes in content["bias"].items():

@@ -15,6 +15,8 @@ References:
 """
 
 import copy
+import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,18 +39,24 @@ def chunked(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int) ->
     return torch.cat([function(part) for part in inputs.split(chunk)])
 
 
-def checkpointed_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int) -> Tensor:
-    """Applies a frozen network in checkpointed chunks, so that the activations of one chunk exist at a time.
+def noise_sources(scheduler: Any, noise: Tensor) -> dict[str, list[Generator]]:
+    """What a scheduler that draws noise on its way (ancestral, DDPM) draws it from: one source an image.
+
+    Each is seeded by its image's initial noise, so that the same noise gives the same image, whatever else is
+    sampled beside it, and models can be compared.
 
     Args:
-        function: A deterministic function that treats each row by itself.
-        inputs: The inputs, such as images, with shape (n, ...).
-        chunk: The number of rows at a time.
+        scheduler: A diffusers scheduler.
+        noise: The initial latents, with shape (n, C, h, w).
 
     Returns:
-        What `function(inputs)` returns, with shape (n, ...).
+        The keyword argument for `scheduler.step`; empty if the scheduler takes none.
     """
-    return chunked(checkpointed(function), inputs, chunk)
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    rows = [row.tobytes() for row in noise.detach().float().cpu().numpy()]
+    seeds = [int.from_bytes(hashlib.blake2b(row, digest_size=7).digest(), "big") for row in rows]
+    return {"generator": [Generator().manual_seed(seed) for seed in seeds]}
 
 
 @final
@@ -63,7 +71,7 @@ class Sampler:
         gradient: The path of the gradient; the adjusted gradient by default.
         checkpoint: Whether to save memory by computing the activations of each step again in the backward
             pass.
-        decode_chunk: The number of images to decode at a time.
+        decode_chunk: The number of images that the decoder, or a feature network, works on at a time.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -131,12 +139,27 @@ class Sampler:
         scheduler.set_timesteps(steps, device=noise.device)
         path = self._path(model.scheduler, steps, len(scheduler.timesteps), generator)
 
+        sources = noise_sources(scheduler, noise)
         latents = noise * scheduler.init_noise_sigma
         for timestep, scale in zip(scheduler.timesteps, path, strict=True):
             inputs = scheduler.scale_model_input(latents, timestep)
             prediction = self._predict(model, inputs, timestep, conditioning, unconditional, scale)
-            latents = scheduler.step(prediction, timestep, latents).prev_sample
-        return chunked(self._wrap(model.decode), latents, self.decode_chunk)
+            latents = scheduler.step(prediction, timestep, latents, **sources).prev_sample
+        return self.in_chunks(model.decode, latents)
+
+    def in_chunks(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Applies a frozen network, such as the decoder, to `decode_chunk` rows at a time.
+
+        Where activations are computed again (`checkpoint`), those of one chunk exist at a time.
+
+        Args:
+            function: A deterministic function that treats each row by itself.
+            inputs: The inputs, such as latents or images, with shape (n, ...).
+
+        Returns:
+            What `function(inputs)` returns, with shape (n, ...).
+        """
+        return chunked(self._wrap(function), inputs, self.decode_chunk)
 
     def _path(self, scheduler: Any, steps: int, total: int, generator: Generator | None) -> list[float | None]:
         """Returns for each step the factor of its gradient, or None if it carries none."""

@@ -164,6 +164,7 @@ def test_the_table_names_every_judge_and_attribute() -> None:
     print_results(content([[9, 0], [6, 4]], [[4, 5], [5, 5]]), Console(file=stream, width=200))
     lines = stream.getvalue().splitlines()
     assert any("aligned: gender" in line for line in lines)
+    assert "gender was aligned to man 50%, woman 50%" in " ".join(stream.getvalue().split())
     for judge in ("training", "independent"):
         for attribute in ("gender", "age"):
             (line,) = [line for line in lines if f" {attribute} " in line and f" {judge} " in line]

@@ -1,5 +1,6 @@
 """The sampler against finite differences, sums worked out by hand, and `StableDiffusionPipeline` itself."""
 
+import copy
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 from fairness_dft.adapters import TextEncoderLoRA
 from fairness_dft.diffusion import StableDiffusion, TextToImage
 from fairness_dft.gradients import GradientPath, solver_coefficients
-from fairness_dft.sampler import Sampler, checkpointed_chunks
+from fairness_dft.sampler import Sampler
 
 STEPS = 4
 PATHS = [
@@ -226,11 +227,28 @@ def test_steps_of_one_call(toy: Toy) -> None:
     assert len(toy.with_graph) == 5
 
 
+@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler"])
+def test_schedulers_that_draw_noise_draw_the_same_for_the_same_image(toy: Toy, scheduler: str) -> None:
+    toy.scheduler = getattr(diffusers, scheduler)()
+    noise = toy_noise()
+    with torch.no_grad():
+        first, again, alone = (Sampler(steps=5)(toy, "a chef", z) for z in (noise, noise, noise[1:]))
+    assert_close(first, again, rtol=0, atol=0)
+    assert_close(first[1:], alone)
+    quiet = copy.deepcopy(toy)
+    quiet.scheduler = DDIMScheduler(clip_sample=False)
+    with torch.no_grad():
+        assert (Sampler(steps=5)(quiet, "a chef", noise) - first).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_checkpointed_chunks_are_the_function(rows: int) -> None:
-    inputs = torch.randn(rows, 3, requires_grad=True)
-    result = checkpointed_chunks(torch.sin, inputs, 2)
+def test_a_function_in_chunks_is_the_function(rows: int, checkpoint: bool) -> None:
+    inputs, sizes = torch.randn(rows, 3, requires_grad=True), []
+    sampler = Sampler(checkpoint=checkpoint, decode_chunk=2)
+    result = sampler.in_chunks(lambda part: sizes.append(len(part)) or part.sin(), inputs)
     assert_close(result, inputs.sin())
+    assert max(sizes) <= 2
     assert_close(torch.autograd.grad(result.sum(), inputs)[0], inputs.cos())
 
 
