@@ -208,8 +208,9 @@ class TextEncoderLoRA(Adapter):
             if isinstance(layer, LoraLayer):
                 # Without this level, which transformers dropped, other programs do not know the names.
                 path = f"text_encoder.text_model.{path.removeprefix('text_model.')}"
-                found[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
-                found[f"{path}.lora_B.weight"] = layer.lora_B[name].weight
+                # PEFT's own names, lora_A and lora_B, diffusers knows in the attention only.
+                found[f"{path}.lora_linear_layer.down.weight"] = layer.lora_A[name].weight
+                found[f"{path}.lora_linear_layer.up.weight"] = layer.lora_B[name].weight
         return found
 
     @override

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
+from miniature import PORTRAITS
 from safetensors import safe_open
 from tiny import build_tiny_pipeline
 from torch.testing import assert_close
@@ -51,7 +52,7 @@ def test_fresh_adapter_changes_nothing_and_average_equals_trained(folder: Path) 
     assert trained.keys() == average.keys() and len(trained) == 2 * 6 * 2
     for key in trained:
         assert_close(trained[key], average[key], rtol=0, atol=0)
-        assert key.endswith("lora_B.weight") == (trained[key].abs().sum() == 0)
+        assert key.endswith("up.weight") == (trained[key].abs().sum() == 0)
 
 
 def test_initialisation_repeats_with_the_seed(folder: Path) -> None:
@@ -62,7 +63,7 @@ def test_initialisation_repeats_with_the_seed(folder: Path) -> None:
     first, same, other = states
     for key in first:
         assert_close(first[key], same[key], rtol=0, atol=0)
-        assert key.endswith("lora_B.weight") or not torch.equal(first[key], other[key])
+        assert key.endswith("up.weight") or not torch.equal(first[key], other[key])
 
 
 def test_only_trained_tensors_are_trainable_and_are_the_parameters(folder: Path) -> None:
@@ -111,9 +112,9 @@ def test_adapted_weight_is_base_plus_scaled_product(folder: Path, alpha: float |
     merged = StableDiffusion(str(folder))
     merged.load()
     weights, state = dict(merged.named_parameters()), adapter.state_dict("trained")
-    for key in [key for key in state if key.endswith("lora_A.weight")]:
-        product = state[key.replace("lora_A", "lora_B")] @ state[key]
-        name = key.replace("lora_A.", "").replace("text_model.", "")
+    for key in [key for key in state if key.endswith("down.weight")]:
+        product = state[key.replace("down", "up")] @ state[key]
+        name = key.replace("lora_linear_layer.down.", "").replace("text_model.", "")
         weights[name].data += scale * product
     assert_close(merged.encode(PROMPTS), adapted, rtol=1e-4, atol=1e-5)
 
@@ -157,28 +158,33 @@ def test_adapter_of_half_precision_weights_is_in_float32(folder: Path) -> None:
         assert {tensor.dtype for tensor in adapter.tensors(name).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["trained", "ema"])
-@pytest.mark.parametrize("alpha", [None, 1.5])
-def test_exported_file_gives_the_same_images_in_the_pipeline(
-    folder: Path, tmp_path: Path, name: str, alpha: float | None
+@pytest.mark.parametrize(
+    "targets",
+    [{}, {"target_modules": ["fc1", "fc2"]}, {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}],
+    ids=["default", "mlp", "attention"],
+)
+@pytest.mark.parametrize(("name", "alpha"), [("trained", None), ("ema", 1.5)])
+def test_exported_file_gives_the_same_images_in_plain_diffusers(
+    tmp_path: Path, name: str, alpha: float | None, targets: dict[str, list[str]]
 ) -> None:
-    model, adapter = attached(folder, alpha=alpha)
+    model, adapter = StableDiffusion(str(PORTRAITS / "pipeline")), TextEncoderLoRA(rank=3, alpha=alpha, **targets)
+    model.load()
+    adapter.attach(model)
     randomize(adapter)
-    noise = model.noise(torch.arange(2))
-    with torch.no_grad(), adapter.using(name):
-        images = Sampler(steps=3)(model, "a chef", noise)
-    with torch.no_grad(), adapter.using("original"):
-        original = Sampler(steps=3)(model, "a chef", noise)
+    images = {}
+    for active in ("original", name):
+        with torch.no_grad(), adapter.using(active):
+            images[active] = Sampler(steps=3)(model, "a chef", model.noise(torch.tensor([4, 5])))
     path = adapter.save(tmp_path / "new" / "folder", name)
     assert path.name == "pytorch_lora_weights.safetensors"
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline = StableDiffusionPipeline.from_pretrained(PORTRAITS / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(path.parent)
-    loaded = pipeline("a chef", num_images_per_prompt=2, num_inference_steps=3, latents=noise, output_type="pt")
-    assert_close(images, loaded.images, rtol=1e-4, atol=1e-5)
-    assert (images - original).abs().max() > 1e-2
+    seeds = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+    loaded = pipeline(["a chef"] * 2, num_inference_steps=3, generator=seeds, output_type="pt").images
+    assert_close(images[name], loaded, rtol=0, atol=1e-4)
+    assert (images[name] - images["original"]).abs().max() > 1e-2
 
 
 def test_exported_file_holds_the_state_and_nothing_of_this_machine(folder: Path, tmp_path: Path) -> None:

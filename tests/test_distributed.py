@@ -31,7 +31,8 @@ def test_two_processes_train_the_same_adapter(runs):
     for name in ("trained", "ema"):
         file = Path("adapters", "step_000002", name, "pytorch_lora_weights.safetensors")
         alone, together = (load_file(run / file) for run in runs)
-        assert any(tensor.abs().max() > 1e-3 for key, tensor in alone.items() if "lora_B" in key)  # it was trained
+        grown = [tensor.abs().max() for key, tensor in alone.items() if key.endswith("up.weight")]
+        assert max(grown) > 1e-3  # it was trained
         for key, tensor in alone.items():  # by norm: Adam makes much of a gradient that is nearly zero
             assert (together[key] - tensor).norm() <= 1e-3 * tensor.norm(), key
 
