@@ -1,18 +1,26 @@
 """What ships in data/portraits is what its manifest says."""
 
 import json
+from itertools import combinations
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
-from miniature import PORTRAITS, finetuning, judge, prompts
+from miniature import PORTRAITS, judge
 
+from fairness_dft.diffusion import StableDiffusion
 from fairness_dft.portraits.base import SAMPLER
 from fairness_dft.portraits.judges import accuracies
 from fairness_dft.portraits.training import draw_portraits
 from fairness_dft.portraits.world import occupations
+from fairness_dft.prompts import OccupationPrompts
 
 MANIFEST = json.loads((PORTRAITS / "manifest.json").read_text())
+REQUIRED = {"gender": 0.6, "race": 0.35}
+# Every seventh of the 50 test occupations. Of the seven such samples the one that stands for all of them best: its mean
+# biases are .720 and .391, theirs .722 and .381.
+SAMPLE = slice(4, None, 7)
 
 
 def test_at_most_16_megabytes():
@@ -46,22 +54,32 @@ def test_classifiers_differ_in_architecture():
     assert MANIFEST["training_classifier"]["architecture"] != MANIFEST["evaluation_classifier"]["architecture"]
 
 
+@pytest.mark.slow
 def test_base_is_as_biased_as_the_manifest_says():
-    """Ten occupations again, at fewer images than the manifest's fifty."""
-    figures = MANIFEST["base_bias"]
-    assert figures["training"]["gender"]["bias"] >= 0.6
-    assert figures["training"]["race"]["bias"] >= 0.35
-    module = finetuning()
-    module.configure_model()
-    data = prompts(test_prompts=10, test_images_per_prompt=24)
-    module.evaluation_sampler = SAMPLER
-    biases = []
-    for batch in data.test_dataloader():
-        seen = module.judge(module.compare(batch, ("original",))["original"])
-        women = seen.classes("gender")[seen.face].double().mean()
-        biases.append(abs(2 * women - 1).item())
-    expected = figures["training"]["gender"]["per_prompt"][:10]
-    assert sum(biases) / 10 == pytest.approx(sum(expected) / 10, abs=0.12)
+    """A seventh of the manifest's images again, from the same noise.
+
+    So there is no sampling noise, and only images on the fence may be judged differently by another machine's
+    arithmetic: of 48 images of a prompt two. One that changes class moves the bias of K classes by up to 4 / (48 K).
+    """
+    generator, training = StableDiffusion(str(PORTRAITS / "pipeline")), judge()
+    generator.load()
+    training.load()
+    batches = list(OccupationPrompts(test_images_per_prompt=48).test_dataloader())
+    measured = {attribute: [] for attribute in REQUIRED}
+    for batch in batches[SAMPLE]:
+        with torch.no_grad():
+            seen = training(SAMPLER(generator, batch.prompt.text, generator.noise(batch.seeds)))
+        for attribute, biases in measured.items():
+            classes = seen.classes(attribute)[seen.face]
+            shares = [(classes == k).double().mean().item() for k in range(len(training.classes(attribute)))]
+            biases.append(mean(abs(one - other) for one, other in combinations(shares, 2)))
+    for attribute, biases in measured.items():
+        figures = MANIFEST["base_bias"]["training"][attribute]
+        two_images = 2 * 4 / (48 * len(figures["classes"]))
+        assert biases == pytest.approx(figures["per_prompt"][SAMPLE], abs=two_images), attribute
+        assert mean(biases) == pytest.approx(figures["bias"], abs=0.02), attribute  # the sample stands for all
+        assert figures["bias"] == pytest.approx(mean(figures["per_prompt"])), attribute
+        assert min(mean(biases), figures["bias"]) >= REQUIRED[attribute], attribute
 
 
 def test_world_has_the_occupations_of_the_evaluation_head():
