@@ -29,7 +29,7 @@ portraits: $(STAMP) ## train the miniature Stable Diffusion in data/portraits ag
 
 clean: ## remove caches, build products and the install stamp; keeps .venv, runs and data
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* $(STAMP)
-	find fairness_dft tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find fairness_dft tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Made once, and again when a requirement changes. PyTorch comes first, so that it can come from its own index.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
