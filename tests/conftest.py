@@ -1,10 +1,8 @@
-"""What holds for every test: no display, two threads, the same random numbers."""
+"""What holds for every test: one thread, the same random numbers."""
 
-import matplotlib
 import pytest
 import torch
 
-matplotlib.use("Agg")
 torch.set_num_threads(1)
 
 
