@@ -9,6 +9,7 @@ from lightning.pytorch.cli import ArgsType
 
 from fairness_dft.callbacks import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.cli import FairnessCLI, run_main
+from fairness_dft.prompt_files import SPLITS
 from fairness_dft.report import print_results, results, write_json
 
 PACKAGES = ("fairness_dft", "torch", "lightning", "diffusers", "transformers", "peft")
@@ -22,6 +23,7 @@ def main(args: ArgsType = None) -> None:
     """
     cli = FairnessCLI(args)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    data.check([split for split in SPLITS if split != "validation" or trainer.limit_val_batches], trainer.world_size)
     module.configure_model()
     started = time.monotonic()
     trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)

@@ -271,6 +271,20 @@ class PromptModule(LightningDataModule):
     def _keeps(self, prompt: Prompt, split: str) -> bool:
         return split != "train" or self.kept is None or normalise(prompt.subject) in self.kept
 
+    def check(self, splits: Sequence[str], processes: int) -> None:
+        """Refuses at once what would otherwise end a run in the middle.
+
+        Args:
+            splits: those that the run will use.
+            processes: how many of them share the images of a prompt.
+
+        Raises:
+            ValueError: if a file lacks one of the splits, or a number of images does not divide.
+        """
+        for split in splits:
+            self.prompts(split)
+            _check_divides(split, getattr(self, IMAGES[split]), processes)
+
     @override
     def setup(self, stage: str) -> None:
         """Refuses numbers of images that do not divide by the number of processes, before anything runs.

@@ -11,6 +11,8 @@ import yaml
 
 from fairness_dft.cli import FairnessCLI, run_main
 from fairness_dft.fit import main
+from fairness_dft.module import FairFinetuning
+from fairness_dft.prompt_files import SPLITS
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -106,6 +108,45 @@ def test_missing_weights_earn_one_line_and_no_traceback(tmp_path):
 )
 def test_mistakes_earn_one_line(tmp_path, capsys, more, message):
     assert message in refused(capsys, small(tmp_path, *more))
+
+
+PROMPTS = {"concept": "job", "templates": ["a {job}"], "train": ["chef"], "validation": ["judge"], "test": ["nurse"]}
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Fails where a model is loaded, for what must be refused before."""
+    monkeypatch.setattr(FairFinetuning, "configure_model", lambda module: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_missing_split_is_refused_before_a_model_is_loaded(tmp_path, capsys, unloaded, split):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({key: value for key, value in PROMPTS.items() if key != split}))
+    mine = [f"--data.init_args.file={file}", "--data.init_args.train_subjects=null"]
+    assert f'mine.json: there is no "{split}" split' in refused(capsys, small(tmp_path, *mine))
+    if split == "validation":
+        with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+            main(small(tmp_path, *mine, "--trainer.limit_val_batches=0"))
+
+
+@pytest.mark.parametrize("kind", ["", "validation_", "test_"])
+def test_images_that_do_not_divide_are_refused_before_a_model_is_loaded(tmp_path, capsys, unloaded, kind):
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--data.init_args.{kind}images_per_prompt=5"]
+    line = refused(capsys, small(tmp_path, *two))
+    assert f"error: {kind}images_per_prompt" in line and "must divide by 2, but is 5" in line
+
+
+@pytest.mark.parametrize(("name", "fitting"), [("gender", {1, 2, 3, 4, 6, 12}), ("race", {1, 2, 4, 8})])
+def test_experiments_fit_the_numbers_of_gpus_that_they_name(name, fitting, tmp_path):
+    file = EXPERIMENTS / f"{name}.yaml"
+    data = FairnessCLI(["--config", str(file), f"--output={tmp_path}", "--trainer.accelerator=cpu"]).datamodule
+    for gpus in range(1, 13):
+        if gpus in fitting:
+            data.check(SPLITS, gpus)
+        else:
+            with pytest.raises(ValueError, match=f"must divide by {gpus}"):
+                data.check(SPLITS, gpus)
 
 
 def test_output_that_cannot_be_written(tmp_path, capsys):
