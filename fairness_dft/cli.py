@@ -2,13 +2,14 @@
 
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
@@ -32,6 +33,13 @@ MONITORS = {
     "adapter_checkpoint": AdapterCheckpoint,
     "throughput": Throughput,
 }
+# How the parser words its messages: what is about its search alone, and the types that it tried.
+SEARCH = re.compile(
+    r"Does not validate|Subtypes: |Errors:$|Given value|Expected a <class 'NoneType'>|Expected a path but "
+)
+LEVEL = re.compile(r"(?:- )?(?:Parser key \".+?\"|Problem with given class_path '.+?'):")
+TYPE = r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.+)\]|dot import path string"
+EXPECTED = re.compile(rf"Expected a (?:{TYPE})(?:(?:\. Got value)?: (.*))?$")
 
 
 class FairnessCLI(LightningCLI):
@@ -74,7 +82,7 @@ class FairnessCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise ValueError(one_line(error)) from error
+            raise ValueError(innermost(str(error))) from error
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -86,6 +94,13 @@ class FairnessCLI(LightningCLI):
             )
 
     @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(innermost(str(error), self.config)) from error
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -95,8 +110,32 @@ class FairnessCLI(LightningCLI):
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error without its line breaks and without what the parser says about itself."""
+    """The message of an error without its line breaks."""
     return " ".join(str(error).split())
+
+
+def innermost(message: str, config: Namespace | None = None) -> str:
+    """What the parser found wrong, with its key, without all that the value could have been instead.
+
+    Args:
+        message: the parser's, in which every level of nesting has lines of its own.
+        config: what was parsed, to look the key up where the message has none.
+    """
+    keys = re.findall(r'Parser key "(.+?)":', message)
+    given = re.search(r"Given value: (.*)", message)  # the first is the innermost
+    if config and given:
+        keys = [key for key, value in config.items(branches=True) if str(value) == given[1]][:1]
+    where = f"--{'.'.join(keys)}: " if keys else ""
+    lines = [line.strip().removeprefix("- ") for line in LEVEL.sub("", message).splitlines()]
+    lines = [line for line in lines if line and not SEARCH.match(line)]
+    types = [match for line in lines if (match := EXPECTED.match(line))]
+    reasons = [line for line in lines if not EXPECTED.match(line)]
+    if reasons or not types:
+        return where + " ".join(reasons[:1] if given else reasons)
+    types = [match for match in types if match[3]] or types
+    other = "values in braces or a class by its import path"
+    allowed = " or ".join(match[1] or (f"one of {match[2]}" if match[2] else other) for match in types)
+    return f"{where}must be {allowed}, but got {types[0][3] or given[1]}"
 
 
 def writable(folder: Path) -> None:

@@ -149,6 +149,41 @@ def test_experiments_fit_the_numbers_of_gpus_that_they_name(name, fitting, tmp_p
                 data.check(SPLITS, gpus)
 
 
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ("--data.init_args.file=nowhere.json", "--data: nowhere.json: there is no such file; give a path relative"),
+        ("--data.init_args.file={bad}", "--data: {bad}: not JSON at line 1, column 12"),
+        ("--model.sampler.steps=0", "--model.sampler: `steps` must be at least 1, but got 0"),
+        ("--model.evaluation_sampler.steps=0", "--model.evaluation_sampler: `steps` must be at least 1"),
+        ("--model.adapter.init_args.rank=0", "--model.adapter: `rank` must be at least 1, but got 0"),
+        ("--model.sampler.gradient=nonsense", "--model.sampler.gradient: must be values in braces or a class"),
+        (
+            "--model.sampler.gradient={{coupled: maybe}}",
+            "--model.sampler.gradient.coupled: must be bool, but got maybe",
+        ),
+        ("--model.sampler.gradient={{steps: last, count: 0}}", "--model.sampler.gradient: `count` must be at least 1"),
+        (
+            "--model.sampler.gradient={{weights: much}}",
+            "--model.sampler.gradient.weights: must be one of 'solver', 'uniform', 'authors', but got much",
+        ),
+        ("--model.sampler.stepz=3", "--model.sampler: Option 'stepz' is not accepted"),
+        ("--config={nested}", "--data: Option 'fil' is not accepted"),
+        ("--data.init_args.images_per_prompt=many", "--data.images_per_prompt: must be int, but got many"),
+        ("--model.attribute.target=[much]", "--model.attribute.target: must be float, but got much"),
+        ("--trainer.gradient_clip_val=much", "--trainer.gradient_clip_val: must be int or float, but got much"),
+        ("--model.betas=3", "--model.betas: must be tuple, but got 3"),
+    ],
+)
+def test_mistakes_are_told_by_their_key_and_without_the_parsers_search(tmp_path, capsys, more, line):
+    files = {"bad": tmp_path / "bad.json", "nested": tmp_path / "nested.yaml"}
+    files["bad"].write_text('{"concept" "job"}')
+    files["nested"].write_text("data:\n  init_args:\n    fil: mine.json\n")
+    told = refused(capsys, small(tmp_path, more.format(**files)))
+    assert told.startswith("error: " + line.format(**files)) and len(told) < 300
+    assert not any(word in told for word in ("Union", "Namespace", "NoneType", "class '", "Given value"))
+
+
 def test_output_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     line = refused(capsys, small(tmp_path, f"--output={tmp_path / 'file'}"))
