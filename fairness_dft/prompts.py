@@ -265,7 +265,10 @@ class PromptModule(LightningDataModule):
             pairs += [(prompt, weight) for prompt in chosen[: self.limits[split]]]
         if not pairs:
             paths = ", ".join(str(prompt_list.path) for prompt_list in self.lists)
-            raise ValueError(f"{self.train_subjects}: names no training subject of {paths}; one subject a line")
+            raise ValueError(
+                f"{self.train_subjects}: names no training subject of {paths}; to train on all of them,"
+                " give --data.init_args.train_subjects null, or else a file with one subject a line"
+            )
         return pairs
 
     def _keeps(self, prompt: Prompt, split: str) -> bool:

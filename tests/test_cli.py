@@ -130,6 +130,18 @@ def test_missing_split_is_refused_before_a_model_is_loaded(tmp_path, capsys, unl
             main(small(tmp_path, *mine, "--trainer.limit_val_batches=0"))
 
 
+def test_own_prompts_on_the_miniature_are_told_the_way_out(tmp_path, capsys, unloaded):
+    file = tmp_path / "mine.txt"
+    file.write_text("a chef\n")
+    arguments = small(tmp_path, f"--data.init_args.file={file}")
+    line = refused(capsys, arguments)
+    assert f"training_occupations.txt: names no training subject of {file}" in line
+    way_out = "--data.init_args.train_subjects null"
+    assert way_out in line and way_out in (ROOT / "README.md").read_text()
+    cli = FairnessCLI([*arguments, *way_out.split()])
+    assert [prompt.text for prompt in cli.datamodule.prompts("train")] == ["a chef"]
+
+
 @pytest.mark.parametrize("kind", ["", "validation_", "test_"])
 def test_images_that_do_not_divide_are_refused_before_a_model_is_loaded(tmp_path, capsys, unloaded, kind):
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--data.init_args.{kind}images_per_prompt=5"]
