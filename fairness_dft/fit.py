@@ -1,6 +1,7 @@
 """Finetune a model and measure it: `python -m fairness_dft.fit --config experiments/quickstart.yaml`."""
 
 import platform
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -9,10 +10,12 @@ from lightning.pytorch.cli import ArgsType
 
 from fairness_dft.callbacks import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.cli import FairnessCLI, run_main
-from fairness_dft.prompt_files import SPLITS
+from fairness_dft.prompt_files import SPLITS, normalise
+from fairness_dft.prompts import PromptModule
 from fairness_dft.report import print_results, results, write_json
 
 PACKAGES = ("fairness_dft", "torch", "lightning", "diffusers", "transformers", "peft")
+SEEN = "the test figures are not of unseen prompts; a JSON file keeps the two apart (data/prompts/README.md)"
 
 
 def main(args: ArgsType = None) -> None:
@@ -24,6 +27,9 @@ def main(args: ArgsType = None) -> None:
     cli = FairnessCLI(args)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     data.check([split for split in SPLITS if split != "validation" or trainer.limit_val_batches], trainer.world_size)
+    seen = tested_and_trained(data)
+    if seen and trainer.is_global_zero:
+        print(f"warning: {len(seen)} test prompts are also trained on, such as {seen[0]!r}: {SEEN}", file=sys.stderr)
     module.configure_model()
     started = time.monotonic()
     trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
@@ -40,6 +46,7 @@ def main(args: ArgsType = None) -> None:
         "test_seconds": round(time.monotonic() - trained, 1),
         "images_per_prompt": data.images_per_prompt,
         "test_prompts": [prompt.text for prompt in data.prompts("test")],
+        "test_prompts_trained_on": seen,
         "machine": platform.platform(),
         "versions": {name: version(name) for name in PACKAGES},
     }
@@ -49,6 +56,12 @@ def main(args: ArgsType = None) -> None:
     print_results(content)
     print(f"Picture: {find[ImageGrid].file}\nResults: {folder / 'results.json'}")
     print(f"Curves:  tensorboard --logdir {folder.parent}")
+
+
+def tested_and_trained(data: PromptModule) -> list[str]:
+    """The test prompts that are also training prompts, as all of a plain text file are."""
+    trained = {normalise(prompt.text) for prompt in data.prompts("train")}
+    return [prompt.text for prompt in data.prompts("test") if normalise(prompt.text) in trained]
 
 
 if __name__ == "__main__":

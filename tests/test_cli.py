@@ -52,12 +52,14 @@ def test_fit_writes_results_picture_adapters_and_config(tmp_path, capsys):
     folder = tmp_path / "trial" / "version_0"
     content = json.loads((folder / "results.json").read_text())
     assert content["attribute"] == "gender" and content["run"]["steps"] == 2
+    assert content["run"]["test_prompts_trained_on"] == []
     assert content["bias"].keys() == {"training", "independent"}
     assert (folder / "before_after.png").is_file()
     assert (folder / "adapters" / "step_000002" / "ema" / "pytorch_lora_weights.safetensors").is_file()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["trainer"]["max_steps"] == 2 and config["model"]["attribute"]["name"] == "gender"
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert "warning" not in errors
     assert "gender" in printed and "independent" in printed and "perceived" in printed
 
 
@@ -140,6 +142,19 @@ def test_own_prompts_on_the_miniature_are_told_the_way_out(tmp_path, capsys, unl
     assert way_out in line and way_out in (ROOT / "README.md").read_text()
     cli = FairnessCLI([*arguments, *way_out.split()])
     assert [prompt.text for prompt in cli.datamodule.prompts("train")] == ["a chef"]
+
+
+def test_prompts_both_trained_on_and_tested_are_warned_of(tmp_path, capsys):
+    file = tmp_path / "mine.txt"
+    file.write_text("A chef\na judge\na nurse\n")
+    mine = ["--data.init_args.train_subjects=null", "--data.init_args.test_prompts=2", "--name=mine"]
+    mine += ["--trainer.log_every_n_steps=1"]
+    main(small(tmp_path, f"--data.init_args.file={file}", *mine))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "2 test prompts are also trained on, such as 'A chef'" in warnings[0]
+    assert "not of unseen prompts" in warnings[0] and "JSON" in warnings[0]
+    run = json.loads((tmp_path / "mine" / "version_0" / "results.json").read_text())["run"]
+    assert run["test_prompts_trained_on"] == run["test_prompts"] == ["A chef", "a judge"]
 
 
 @pytest.mark.parametrize("kind", ["", "validation_", "test_"])
