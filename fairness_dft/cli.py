@@ -6,12 +6,18 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterable
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from fairness_dft.callbacks import (
@@ -37,7 +43,8 @@ MONITORS = {
 SEARCH = re.compile(
     r"Does not validate|Subtypes: |Errors:$|Given value|Expected a <class 'NoneType'>|Expected a path but "
 )
-LEVEL = re.compile(r"(?:- )?(?:Parser key \".+?\"|Problem with given class_path '.+?'):")
+CLASS = re.compile(r"Problem with given class_path '(.+?)':")
+LEVEL = re.compile(rf"(?:- )?(?:Parser key \".+?\":|{CLASS.pattern})")
 TYPE = r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.+)\]|dot import path string"
 EXPECTED = re.compile(rf"Expected a (?:{TYPE})(?:(?:\. Got value)?: (.*))?$")
 
@@ -82,16 +89,13 @@ class FairnessCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise ValueError(innermost(str(error))) from error
+            raise ValueError(innermost(str(error)) + way_out(str(error), parser.get_defaults().keys())) from error
 
     @override
     def before_instantiate_classes(self) -> None:
         writable(Path(self.config.output))
-        if self.config.ckpt_path is not None and not Path(self.config.ckpt_path).is_file():
-            raise ValueError(
-                f"--ckpt_path: there is no file {self.config.ckpt_path!r}; checkpoints lie in a run's "
-                "checkpoints/ folder"
-            )
+        if self.config.ckpt_path is not None:
+            resumable(Path(self.config.ckpt_path))
 
     @override
     def instantiate_classes(self) -> None:
@@ -106,7 +110,11 @@ class FairnessCLI(LightningCLI):
 
         if self._get(self.config_init, "trainer.logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.config.output, name=self.config.name)
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            hint = "where it is about the machine, leave accelerator and devices to auto"
+            raise ValueError(f"--trainer: {one_line(error).rstrip('.!')}; {hint}") from error
 
 
 def one_line(error: Exception) -> str:
@@ -138,6 +146,45 @@ def innermost(message: str, config: Namespace | None = None) -> str:
     return f"{where}must be {allowed}, but got {types[0][3] or given[1]}"
 
 
+def way_out(message: str, options: Iterable[str]) -> str:
+    """What to do about a mistake that the parser only names; nothing, if it does more.
+
+    Args:
+        message: the parser's.
+        options: all that the command line knows, without dashes.
+    """
+    if "arguments are required" in message:
+        return "; give an experiment, such as --config experiments/quickstart.yaml"
+    unknown = re.search(r"unrecognized arguments: -*([^ =]+)|(?:Group '(.+)' .+ o|O)ption '(.+?)'", message)
+    if not unknown:
+        return ""
+    name, dashes = ".".join(filter(None, unknown.groups())), "--"
+    if name.endswith((".yaml", ".yml")):
+        return f"; write --config {name}"
+    if classes := CLASS.findall(message):
+        parents = getattr(locate(classes[-1]), "__mro__", ())
+        options, dashes = {option for parent in parents for option in signature(parent.__init__).parameters}, ""
+    close = get_close_matches(name, set(options) - {name}, n=1)
+    return f"; did you mean {dashes}{close[0]}?" if close else "; --print_config shows what there is"
+
+
+def resumable(file: Path) -> None:
+    """Refuse a file that is no checkpoint of a run.
+
+    Raises:
+        ValueError: if it is not there or holds something else.
+    """
+    where = "checkpoints lie in a run's checkpoints/ folder"
+    if not file.is_file():
+        raise ValueError(f"--ckpt_path: there is no file {str(file)!r}; {where}")
+    try:
+        known = {"state_dict", "loops"} <= torch.load(file, map_location="cpu", weights_only=True, mmap=True).keys()
+    except Exception:  # whatever the bytes of another file make of the unpickler
+        known = False
+    if not known:
+        raise ValueError(f"--ckpt_path: {str(file)!r} is no checkpoint of a run; {where}")
+
+
 def writable(folder: Path) -> None:
     """Refuse an output folder that cannot be written.
 
@@ -162,7 +209,7 @@ def run_main(main: Any) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated", category=FutureWarning)  # lightning's own
     try:
         main()
-    except ValueError as error:
+    except (ValueError, MisconfigurationException) as error:
         if os.environ.get("FAIRNESS_DFT_TRACEBACK") == "1":
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_module
 
 import pytest
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fairness_dft.cli import FairnessCLI, run_main
 from fairness_dft.fit import main
@@ -209,6 +211,50 @@ def test_mistakes_are_told_by_their_key_and_without_the_parsers_search(tmp_path,
     told = refused(capsys, small(tmp_path, more.format(**files)))
     assert told.startswith("error: " + line.format(**files)) and len(told) < 300
     assert not any(word in told for word in ("Union", "Namespace", "NoneType", "class '", "Given value"))
+
+
+@pytest.mark.parametrize(
+    ("more", "way_out"),
+    [
+        (["--model.learning_rat", "1"], "arguments: --model.learning_rat 1; did you mean --model.learning_rate?"),
+        (["--data.init_args.fil=x"], "--data: Option 'fil' is not accepted; did you mean file?"),
+        (["--data=MixedPrompts", "--data.init_args.weighs=[1]"], "did you mean weights?"),
+        (["--config={misspelt}"], "'atribute.name'; did you mean --model.attribute?"),
+        (["--quite.another=1"], "--quite.another=1; --print_config shows what there is"),
+        (["experiments/race.yaml"], "write --config experiments/race.yaml"),
+        (["--trainer.accelerator=gpu"], "leave accelerator and devices to auto"),
+        (["--trainer.devices=3.5"], "leave accelerator and devices to auto"),
+        (["--ckpt_path={misspelt}"], "misspelt.yaml' is no checkpoint of a run; checkpoints lie in"),
+        (["--ckpt_path={weights}"], "model.safetensors' is no checkpoint of a run"),
+    ],
+)
+def test_mistakes_are_told_with_the_way_out(tmp_path, capsys, monkeypatch, more, way_out):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    files = {"misspelt": tmp_path / "misspelt.yaml", "weights": ROOT / "data/portraits/dino/model.safetensors"}
+    files["misspelt"].write_text("model:\n  atribute:\n    name: gender\n")
+    assert way_out in refused(capsys, small(tmp_path, *(text.format(**files) for text in more)))
+
+
+def test_no_experiment_at_all(tmp_path, capsys):
+    line = refused(capsys, [f"--output={tmp_path}"])
+    assert "model.generator" in line and line.endswith("such as --config experiments/quickstart.yaml")
+
+
+def test_what_lightning_finds_misconfigured_later(capsys):
+    def command():
+        raise MisconfigurationException("no\nway")
+
+    with pytest.raises(SystemExit, match="2"):
+        run_main(command)
+    assert capsys.readouterr().err == "error: no way\n"
+
+
+def test_portraits_in_a_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(sys, "argv", ["portraits", f"--output={tmp_path / 'file' / 'x'}"])
+    with pytest.raises(SystemExit, match="2"):
+        run_module("fairness_dft.portraits", run_name="__main__")
+    assert "error: --output: cannot write to" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_output_that_cannot_be_written(tmp_path, capsys):

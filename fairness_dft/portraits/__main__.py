@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers.utils import logging
 
+from fairness_dft.cli import run_main, writable
 from fairness_dft.portraits.base import base_bias
 from fairness_dft.portraits.judges import train_classifier, train_clip, train_dino
 from fairness_dft.portraits.text_to_image import (
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of data and steps, for a quick trial")
     arguments = parser.parse_args()
     manifest_file = arguments.output / "manifest.json"
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    writable(arguments.output)
     subjects = "\n".join(("# The training occupations that the drawn world knows.", *training_subjects()))
     (arguments.output / "training_occupations.txt").write_text(subjects + "\n", encoding="utf-8")
     for name in arguments.only or STAGES:
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
