@@ -108,8 +108,12 @@ class FairnessCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        if self._get(self.config_init, "trainer.logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(self.config.output, name=self.config.name)
+        tensorboard = TensorBoardLogger(self.config.output, name=self.config.name)
+        logger = self._get(self.config_init, "trainer.logger")
+        if logger in (None, True):
+            kwargs["logger"] = tensorboard
+        elif not logger:
+            kwargs["default_root_dir"] = tensorboard.log_dir  # a run without curves has its own folder too
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:

@@ -55,7 +55,8 @@ def main(args: ArgsType = None) -> None:
     write_json(folder / "results.json", content)
     print_results(content)
     print(f"Picture: {find[ImageGrid].file}\nResults: {folder / 'results.json'}")
-    print(f"Curves:  tensorboard --logdir {folder.parent}")
+    if trainer.loggers:
+        print(f"Curves:  tensorboard --logdir {folder.parent}")
 
 
 def tested_and_trained(data: PromptModule) -> list[str]:

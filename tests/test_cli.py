@@ -79,6 +79,19 @@ def test_nothing_on_disk_is_overwritten(tmp_path):
     assert sorted(path.name for path in (tmp_path / "same").iterdir()) == ["version_0", "version_1"]
 
 
+def test_runs_without_a_logger_go_to_folders_of_their_own(tmp_path, monkeypatch, capsys):
+    working = tmp_path / "working"
+    working.mkdir()
+    monkeypatch.chdir(working)
+    for _ in range(2):
+        main(small(tmp_path, "--name=quiet", "--trainer.logger=false"))
+    assert not list(working.iterdir())
+    for version in range(2):
+        names = {path.name for path in (tmp_path / "quiet" / f"version_{version}").iterdir()}
+        assert names == {"adapters", "before_after.png", "checkpoints", "config.yaml", "results.json"}
+    assert "tensorboard" not in capsys.readouterr().out
+
+
 def test_print_config_prints_yaml_and_stops():
     command = [sys.executable, "-m", "fairness_dft.fit", *MINIATURE, "--print_config"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
