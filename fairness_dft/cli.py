@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import warnings
@@ -17,7 +18,7 @@ import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from typing_extensions import override
 
 from fairness_dft.callbacks import (
@@ -30,6 +31,7 @@ from fairness_dft.callbacks import (
 )
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompts import PromptModule
+from fairness_dft.stop import GracefulStop
 
 MONITORS = {
     "adapter_average": AdapterAverage,
@@ -71,7 +73,7 @@ class FairnessCLI(LightningCLI):
                 "exit_on_error": False,
                 "allow_abbrev": False,
             },
-            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "callbacks": [GracefulStop()]},
         )
 
     @override
@@ -205,7 +207,7 @@ def writable(folder: Path) -> None:
 
 
 def run_main(main: Any) -> None:
-    """Run a command; a ValueError becomes one line on standard error and exit status 2.
+    """Run a command; a mistake becomes one line on standard error and exit status 2, a stop is no success.
 
     FAIRNESS_DFT_TRACEBACK=1 shows the whole traceback, for who develops.
     """
@@ -218,3 +220,5 @@ def run_main(main: Any) -> None:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, SIGTERMException) as stop:  # where Lightning ends with status 0, or is not at work
+        sys.exit(128 + (signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT))

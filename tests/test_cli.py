@@ -11,10 +11,12 @@ import pytest
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from fairness_dft.callbacks import AdapterAverage
 from fairness_dft.cli import FairnessCLI, run_main
 from fairness_dft.fit import main
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_files import SPLITS
+from fairness_dft.stop import GracefulStop
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -260,6 +262,20 @@ def test_what_lightning_finds_misconfigured_later(capsys):
     with pytest.raises(SystemExit, match="2"):
         run_main(command)
     assert capsys.readouterr().err == "error: no way\n"
+
+
+def test_a_stop_outside_lightning_is_no_traceback(capsys):
+    def command():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        run_main(command)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stop_is_saved_after_the_adapter_was_averaged(tmp_path):
+    callbacks = [type(callback) for callback in FairnessCLI([*MINIATURE, f"--output={tmp_path}"]).trainer.callbacks]
+    assert callbacks.index(GracefulStop) > callbacks.index(AdapterAverage)
 
 
 def test_portraits_in_a_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
