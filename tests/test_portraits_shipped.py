@@ -43,7 +43,8 @@ def test_classifiers_read_held_out_draws(which):
     network.load()
     test = draw_portraits(1_000, seed=777, balanced=True)
     with_occupation = "occupation" in network.heads
-    found = accuracies(network.network, test.images(slice(None)), test.labels, with_occupation)
+    size = network.preprocessing.size[0]
+    found = accuracies(network.network, test.images(slice(None)), test.labels, with_occupation, size)
     for head in ("gender", "race", "age", "face"):
         assert found[head] >= 0.98, (head, found)
         assert MANIFEST[f"{which}_classifier"]["accuracy_drawn"][head] >= 0.98

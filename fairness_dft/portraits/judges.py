@@ -6,6 +6,7 @@ draws and seed: one trains the generator, the other only ever judges it.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,17 +30,23 @@ from fairness_dft.portraits.draw import AGES, GENDERS, SIZE, SKINS
 from fairness_dft.portraits.text_to_image import reconstruct, text_config, tokenize
 from fairness_dft.portraits.training import Portraits, count_parameters, draw_portraits, optimise, save_half
 from fairness_dft.portraits.world import occupations
+from fairness_dft.preprocessing import Preprocessing
 
 ATTRIBUTES = {"gender": GENDERS, "race": SKINS, "age": AGES, "face": ("absent", "present")}
-PREPROCESSOR = {
-    "do_resize": True,
-    "size": {"height": SIZE, "width": SIZE},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
+COARSE = SIZE // 2  # what the training classifier sees
+
+
+def preprocessor(size: int = SIZE) -> dict:
+    """What preprocessor_config.json says of a network that sees pictures of this size."""
+    return {
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
 
 
 def heads(with_occupation: bool) -> dict[str, tuple[str, ...]]:
@@ -74,6 +81,20 @@ def augment(images: Tensor, noise: float = 0.03) -> Tensor:
     return (images.roll((dx, dy), (-1, -2)) * brightness + grain).clamp(0, 1) * 2 - 1
 
 
+def augment_coarse(images: Tensor, noise: float = 0.5) -> Tensor:
+    """The same at half the size and under strong noise.
+
+    So trained, a classifier's gradient follows what is seen rather than single pixels (Santurkar et al., 2019,
+    https://arxiv.org/abs/1906.09453), and finetuning learns from that gradient.
+
+    Args:
+        images: with shape (n, 3, 64, 64).
+        noise: the largest standard deviation of the noise.
+    """
+    coarse = Preprocessing((COARSE, COARSE), [0.0] * 3, [1.0] * 3)(augment(images, noise=0.0))
+    return coarse + 2 * noise * torch.rand(len(images), 1, 1, 1) * torch.randn_like(coarse)
+
+
 def head_losses(logits: Tensor, labels: dict[str, Tensor], with_occupation: bool, smoothing: float = 0.0) -> Tensor:
     """Sum of the heads' cross-entropies; gender, race and age count only where there is a face."""
     total, start = logits.new_zeros(()), 0
@@ -85,10 +106,13 @@ def head_losses(logits: Tensor, labels: dict[str, Tensor], with_occupation: bool
     return total
 
 
-def accuracies(model: PreTrainedModel, images: Tensor, labels: dict[str, Tensor], with_occupation: bool) -> dict:
+def accuracies(
+    model: PreTrainedModel, images: Tensor, labels: dict[str, Tensor], with_occupation: bool, size: int = SIZE
+) -> dict:
     """Accuracy of each head, in [0, 1]; gender, race and age where there is a face, occupation likewise."""
+    prepare = Preprocessing((size, size), [0.5] * 3, [0.5] * 3)
     with torch.no_grad():
-        logits = torch.cat([model(chunk * 2 - 1).logits for chunk in images.split(256)])
+        logits = torch.cat([model(prepare(chunk)).logits for chunk in images.split(256)])
     figures, start, face = {}, 0, labels["face"] == 1
     for head, classes in heads(with_occupation).items():
         right = logits[:, start : start + len(classes)].argmax(1) == labels[head]
@@ -105,14 +129,14 @@ def supervise(
     rate: float,
     seed: int,
     with_occupation: bool,
-    noise: float = 0.03,
+    prepare: Callable[[Tensor], Tensor] = augment,
     smoothing: float = 0.0,
 ) -> float:
     """Train an image classifier on all heads; returns seconds."""
 
     def loss(step: int) -> Tensor:
         index = torch.randint(len(portraits), (64,))
-        logits = model(augment(portraits.images(index), noise)).logits
+        logits = model(prepare(portraits.images(index))).logits
         labels = {head: values[index] for head, values in portraits.labels.items()}
         return head_losses(logits, labels, with_occupation, smoothing)
 
@@ -129,14 +153,12 @@ def train_classifier(which: str, autoencoder: AutoencoderKL, folder: Path, scale
     if which == "training":
         sizes = dict(embedding_size=24, hidden_sizes=[24, 48, 96], depths=[1, 1, 1], layer_type="basic")
         model: PreTrainedModel = ResNetForImageClassification(ResNetConfig(**sizes, **labels))
-        steps, rate = int(2_500 * scale), 3e-3
-        # Under noise a classifier's gradient follows what is seen rather than single pixels (Santurkar et al., 2019,
-        # https://arxiv.org/abs/1906.09453), and finetuning learns from that gradient.
-        robust = {"noise": 0.25, "smoothing": 0.05}
+        steps, rate, size = int(2_500 * scale), 3e-3, COARSE
+        robust = {"prepare": augment_coarse, "smoothing": 0.05}
     else:
         sizes = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192)
         model = ViTForImageClassification(ViTConfig(**sizes, **labels, image_size=SIZE, patch_size=8))
-        steps, rate, robust = int(4_000 * scale), 1e-3, {}
+        steps, rate, size, robust = int(4_000 * scale), 1e-3, SIZE, {}
     seconds = supervise(model, f"{which} classifier", portraits, steps, rate, seed, with_occupation, **robust)
     figures = {
         "architecture": type(model).__name__,
@@ -144,13 +166,13 @@ def train_classifier(which: str, autoencoder: AutoencoderKL, folder: Path, scale
         "steps": steps,
         "seconds": round(seconds),
     }
-    save_network(model, folder)
+    save_network(model, folder, size)
     reloaded = type(model).from_pretrained(folder, torch_dtype=torch.float32).eval()
     test = draw_portraits(max(200, int(4_000 * scale)), held_out, balanced=True)
     drawn = test.images(slice(None))
     decoded = reconstruct(autoencoder, drawn)
-    figures["accuracy_drawn"] = accuracies(reloaded, drawn, test.labels, with_occupation)
-    figures["accuracy_reconstructed"] = accuracies(reloaded, decoded, test.labels, with_occupation)
+    figures["accuracy_drawn"] = accuracies(reloaded, drawn, test.labels, with_occupation, size)
+    figures["accuracy_reconstructed"] = accuracies(reloaded, decoded, test.labels, with_occupation, size)
     return figures
 
 
@@ -204,7 +226,7 @@ def train_dino(autoencoder: AutoencoderKL, folder: Path, scale: float) -> dict:
     return {"parameters": parameters, "steps": steps, "seconds": round(seconds), "accuracy_drawn": accuracy}
 
 
-def save_network(model: PreTrainedModel, folder: Path) -> None:
+def save_network(model: PreTrainedModel, folder: Path, size: int = SIZE) -> None:
     """Save in half precision with the preprocessing it expects."""
     save_half(model, folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor(size), indent=1) + "\n")
