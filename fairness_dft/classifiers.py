@@ -176,10 +176,13 @@ class FacePresence(FaceFinder):
 
     def forward(self, images: Tensor) -> Faces:
         """The images themselves, and whether the classifier sees a face."""
-        present = self.classifier.heads[FACE_HEAD].index(FACE_PRESENT)
         with torch.no_grad():
-            mask = self.classifier(images)[FACE_HEAD].argmax(-1) == present
-        return Faces(images, whole_frame_boxes(images), mask)
+            logits = self.classifier(images)
+        return Faces(images, whole_frame_boxes(images), self.present(logits))
+
+    def present(self, logits: dict[str, Tensor]) -> Tensor:
+        """Whether the classifier, by its logits, sees a face: bool with shape (N,)."""
+        return logits[FACE_HEAD].argmax(-1) == self.classifier.heads[FACE_HEAD].index(FACE_PRESENT)
 
 
 @final
@@ -195,9 +198,17 @@ class Judge(nn.Module):
         super().__init__()
         self.classifier, self.faces = classifier, faces or WholeFrame()
 
+    @property
+    def asks_itself(self) -> bool:
+        """Whether one network finds the faces and classifies them, and so needs to run only once."""
+        both_from_folders = isinstance(self.faces, FacePresence) and isinstance(self.classifier, ImageClassifier)
+        return both_from_folders and self.faces.classifier.path == self.classifier.path
+
     def load(self) -> None:
         """Load both parts."""
         self.classifier.load()
+        if self.asks_itself:
+            self.faces.classifier = self.classifier
         self.faces.load()
 
     def classes(self, attribute: str) -> tuple[str, ...]:
@@ -215,5 +226,8 @@ class Judge(nn.Module):
 
     def forward(self, images: Tensor) -> Verdict:
         """Judge images with shape (N, 3, H, W), in [0, 1]; differentiable in the logits."""
+        if self.asks_itself:
+            logits = self.classifier(images)
+            return Verdict(logits, self.faces.present(logits), whole_frame_boxes(images))
         faces = self.faces(images)
         return Verdict(self.classifier(faces.crops), faces.mask, faces.boxes)

@@ -34,6 +34,8 @@ def main(args: ArgsType = None) -> None:
     started = time.monotonic()
     trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
     trained = time.monotonic()
+    if not trainer.limit_test_batches:
+        return  # asked to measure nothing
     trainer.test(module, data, verbose=False)
     log_dir = trainer.log_dir  # a broadcast: every rank must ask
     if not trainer.is_global_zero or log_dir is None:

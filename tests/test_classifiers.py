@@ -172,6 +172,18 @@ def test_the_judge_joins_faces_and_classes(folder: Path, images: Tensor) -> None
     assert verdict.boxes.shape == (5, 4)
 
 
+def test_a_network_that_finds_and_classifies_runs_once(folder: Path, copy: Path, images: Tensor) -> None:
+    one, two = (Judge(ImageClassifier(str(folder)), FacePresence(str(path))) for path in (folder, copy))
+    calls = []
+    for judge in (one, two):
+        judge.load()
+        for network in {judge.classifier.network, judge.faces.classifier.network}:
+            network.register_forward_hook(lambda *_: calls.append(1))
+    verdict, expected = one(images), two(images)
+    assert len(calls) == 1 + 2
+    torch.testing.assert_close(vars(verdict), vars(expected))
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_none_or_one_image_can_be_judged(folder: Path, count: int) -> None:
     verdict = Judge(load(folder))(torch.rand(count, 3, 16, 16))

@@ -76,9 +76,10 @@ def test_saved_config_reproduces_the_run(tmp_path):
 
 
 def test_nothing_on_disk_is_overwritten(tmp_path):
-    for _ in range(2):
-        main(small(tmp_path, "--name=same"))
+    main(small(tmp_path, "--name=same"))
+    main(small(tmp_path, "--name=same", "--trainer.limit_test_batches=0"))
     assert sorted(path.name for path in (tmp_path / "same").iterdir()) == ["version_0", "version_1"]
+    assert not (tmp_path / "same" / "version_1" / "results.json").exists()  # it was asked to measure nothing
 
 
 def test_runs_without_a_logger_go_to_folders_of_their_own(tmp_path, monkeypatch, capsys):
