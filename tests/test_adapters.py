@@ -183,7 +183,7 @@ def test_exported_file_gives_the_same_images_in_plain_diffusers(
     pipeline.load_lora_weights(path.parent)
     seeds = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
     loaded = pipeline(["a chef"] * 2, num_inference_steps=3, generator=seeds, output_type="pt").images
-    assert_close(images[name], loaded, rtol=0, atol=1e-4)
+    assert_close(images[name], loaded, rtol=1e-4, atol=1e-5)
     assert (images[name] - images["original"]).abs().max() > 1e-2
 
 

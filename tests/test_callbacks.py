@@ -17,6 +17,7 @@ from fairness_dft.callbacks import (
     QualityMonitor,
     Throughput,
 )
+from fairness_dft.classifiers import Judge, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +159,16 @@ def test_the_aligned_attribute_is_always_watched():
     reader.load()
     assert BiasMonitor(attributes=()).read_by(reader, "age") == ["age"]
     assert BiasMonitor(attributes=("gender", "smile", "age")).read_by(reader, "age") == ["age", "gender"]
+
+
+def test_a_lost_face_does_not_excuse_a_lost_occupation(monkeypatch):
+    def verdict(faces, occupations):
+        logits = torch.nn.functional.one_hot(torch.tensor(occupations), 3).float()
+        return Verdict({"occupation": logits}, torch.tensor(faces), torch.zeros(4, 4))
+
+    seen = {0.0: verdict([True] * 4, [0, 1, 2, 0]), 1.0: verdict([True, True, False, False], [0, 1, 1, 0])}
+    monitor, module = QualityMonitor(judge()), finetuning(features=())
+    monkeypatch.setattr(Judge, "forward", lambda self, images: seen[images.mean().item()])
+    images = {"original": torch.zeros(4, 3, 8, 8), "ema": torch.ones(4, 3, 8, 8)}
+    monitor.see(module, images, next(iter(prompts().test_dataloader())))
+    assert monitor.metrics["occupation_kept", "ema"].compute() == 3 / 4  # of two with a face both, of all four three

@@ -1,8 +1,11 @@
 """The trainings of the miniature report what they did."""
 
 import pytest
+import torch
+from miniature import judge
 
 from fairness_dft.portraits import text_to_image
+from fairness_dft.portraits.judges import COARSE, augment_coarse
 from fairness_dft.portraits.training import draw_portraits
 
 
@@ -20,3 +23,18 @@ def test_reported_steps_are_those_of_all_phases(monkeypatch: pytest.MonkeyPatch)
     trained.clear()
     _, figures = text_to_image.train_generator(autoencoder, portraits, portraits, 7, 4, seed=2)
     assert trained == [7, 4] and figures["steps"] == 11
+
+
+def test_the_training_classifier_learns_from_coarse_and_noisy_pictures() -> None:
+    torch.manual_seed(0)
+    halves = torch.zeros(200, 3, 64, 64)
+    halves[..., 32:] = 0.5
+    coarse = augment_coarse(halves, noise=0.5)
+    assert coarse.shape == (200, 3, COARSE, COARSE)
+    assert coarse[..., 2 : COARSE // 2 - 2].mean().item() == pytest.approx(-1, abs=0.02)
+    assert coarse[..., COARSE // 2 + 2 : -2].mean().item() == pytest.approx(0, abs=0.02)
+    spread = coarse[..., 2 : COARSE // 2 - 2].flatten(1).std(1)  # uniform from 0 to twice the noise, as inputs span 2
+    assert spread.mean().item() == pytest.approx(0.5, abs=0.08) and 0.9 < spread.max() < 1.1
+    shipped = judge("training").classifier
+    shipped.load()
+    assert shipped.preprocessing.size == (COARSE, COARSE)

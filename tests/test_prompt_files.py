@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from prompt_samples import VALID, write
 
 from fairness_dft import prompt_files as module
 from fairness_dft.prompt_files import SPLITS, Prompt, PromptList, resolve
@@ -15,21 +16,6 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 FOLDER = Path(module.__file__).parent.parent / "data" / "prompts"
 SHIPPED = sorted(path.name for path in FOLDER.glob("*.json"))
-VALID = {
-    "concept": "job",
-    "templates": ["a {job}"],
-    "train": ["chef"],
-    "validation": ["judge"],
-    "test": ["nurse"],
-}
-
-
-def write(tmp_path, content, name="prompts.json"):
-    path = tmp_path / name
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return str(path)
-
-
 FILLERS = re.compile("an?|and|at|by|for|in|of|on|or|other|related|the|to|with|playing|doing|performing|competing")
 TRIVIAL = "assistant chief custom hand head junior parts product professional retail senior"
 

@@ -1,6 +1,5 @@
 """The noise seeds, the prompts of a run, and the order of the batches with ranks and resumes."""
 
-import json
 from types import SimpleNamespace
 
 import jsonargparse
@@ -8,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from prompt_samples import VALID, write
 from torch.testing import assert_close
 
 from fairness_dft.prompt_files import SPLITS, Prompt, PromptList
@@ -29,20 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("error"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's own, with torch 2.13
 ]
-
-VALID = {
-    "concept": "job",
-    "templates": ["a {job}"],
-    "train": ["chef"],
-    "validation": ["judge"],
-    "test": ["nurse"],
-}
-
-
-def write(tmp_path, content, name="prompts.json"):
-    path = tmp_path / name
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return str(path)
 
 
 def test_the_papers_mix_brings_the_concepts_equally_often():
