@@ -21,8 +21,8 @@ def test_reported_steps_are_those_of_all_phases(monkeypatch: pytest.MonkeyPatch)
     autoencoder, figures = text_to_image.train_autoencoder(portraits, 2_200, seed=1)
     assert len(trained) == 2 and figures["steps"] == sum(trained) == 3_666
     trained.clear()
-    _, figures = text_to_image.train_generator(autoencoder, portraits, portraits, 7, 4, seed=2)
-    assert trained == [7, 4] and figures["steps"] == 11
+    _, figures = text_to_image.train_generator(autoencoder, portraits, 8, seed=2)
+    assert trained == [2, 8] and figures["steps"] == {"text_encoder": 2, "unet": 8}
 
 
 def test_the_training_classifier_learns_from_coarse_and_noisy_pictures() -> None:

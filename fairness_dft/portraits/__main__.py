@@ -41,9 +41,8 @@ def autoencoder(folder: Path, scale: float) -> dict:
 
 def generator(folder: Path, scale: float) -> dict:
     """Train text encoder and U-Net, and save the whole pipeline."""
-    first, then = draw_portraits(int(40_000 * scale), seed=2), draw_portraits(int(20_000 * scale), seed=3)
-    steps = int(9_000 * scale), int(2_500 * scale)
-    pipeline, figures = train_generator(vae_of(folder), first, then, *steps, seed=2)
+    portraits = draw_portraits(int(40_000 * scale), seed=2)
+    pipeline, figures = train_generator(vae_of(folder), portraits, int(10_000 * scale), seed=2)
     save_pipeline(pipeline, folder / "pipeline")
     return figures
 
