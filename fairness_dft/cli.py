@@ -148,8 +148,8 @@ def innermost(message: str, config: Namespace | None = None) -> str:
         return where + " ".join(reasons[:1] if given else reasons)
     types = [match for match in types if match[3]] or types
     other = "values in braces or a class by its import path"
-    allowed = " or ".join(match[1] or (f"one of {match[2]}" if match[2] else other) for match in types)
-    return f"{where}must be {allowed}, but got {types[0][3] or given[1]}"
+    allowed = sorted(match[1] or (f"one of {match[2]}" if match[2] else other) for match in types)
+    return f"{where}must be {' or '.join(allowed)}, but got {types[0][3] or given[1]}"
 
 
 def way_out(message: str, options: Iterable[str]) -> str:

@@ -216,7 +216,7 @@ def test_experiments_fit_the_numbers_of_gpus_that_they_name(name, fitting, tmp_p
         ("--config={nested}", "--data: Option 'fil' is not accepted"),
         ("--data.init_args.images_per_prompt=many", "--data.images_per_prompt: must be int, but got many"),
         ("--model.attribute.target=[much]", "--model.attribute.target: must be float, but got much"),
-        ("--trainer.gradient_clip_val=much", "--trainer.gradient_clip_val: must be int or float, but got much"),
+        ("--trainer.gradient_clip_val=much", "--trainer.gradient_clip_val: must be float or int, but got much"),
         ("--model.betas=3", "--model.betas: must be tuple, but got 3"),
     ],
 )
