@@ -200,7 +200,7 @@ def test_a_target_is_refused_before_the_generator_loads():
 def test_training_lowers_the_alignment_loss_on_one_batch(tmp_path):
     """Ten steps on few prompts move p towards the targets: a gradient of the wrong sign would fail here."""
     module = finetuning(learning_rate=3e-3, semantics_weight=0.0)
-    batch = first_batch(images_per_prompt=16)
+    batch = first_batch(images_per_prompt=16, train_prompts=1)
 
     def towards_target():
         with torch.no_grad():
