@@ -18,9 +18,9 @@ from fairness_dft.prompts import OccupationPrompts
 
 MANIFEST = json.loads((PORTRAITS / "manifest.json").read_text())
 REQUIRED = {"gender": 0.6, "race": 0.35}
-# Every seventh of the 50 test occupations. Of the seven such samples the one that stands for all of them best: its mean
-# biases are .720 and .391, theirs .722 and .381.
-SAMPLE = slice(4, None, 7)
+# Every sixth of the 50 test occupations. Of the six such samples the one that stands for all of them best: its mean
+# biases are .666 and .404, theirs .651 and .394.
+SAMPLE = slice(1, None, 6)
 
 
 def test_at_most_16_megabytes():
@@ -57,7 +57,7 @@ def test_classifiers_differ_in_architecture():
 
 @pytest.mark.slow
 def test_base_is_as_biased_as_the_manifest_says():
-    """A seventh of the manifest's images again, from the same noise.
+    """A sixth of the manifest's images again, from the same noise.
 
     So there is no sampling noise, and only images on the fence may be judged differently by another machine's
     arithmetic: of 48 images of a prompt two. One that changes class moves the bias of K classes by up to 4 / (48 K).

@@ -11,7 +11,7 @@ from fairness_dft.prompts import OccupationPrompts
 from fairness_dft.sampler import Sampler
 
 ATTRIBUTES = ("gender", "race", "age")
-SAMPLER = Sampler(steps=8, guidance_scale=2.5, checkpoint=False, decode_chunk=64)
+SAMPLER = Sampler(steps=8, guidance_scale=1.25, checkpoint=False, decode_chunk=64)
 
 
 @torch.no_grad()

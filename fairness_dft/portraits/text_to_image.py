@@ -183,9 +183,7 @@ def train_generator(
     }
 
 
-def fit_text_encoder(
-    text_encoder: CLIPTextModel, tokens: Tensor, portraits: Portraits, steps: int, seed: int
-) -> float:
+def fit_text_encoder(text_encoder: CLIPTextModel, tokens: Tensor, portraits: Portraits, steps: int, seed: int) -> float:
     """Predict from a caption what its picture shows, by linear heads on the mean of the end tokens; returns seconds.
 
     This stands in for CLIP's pretraining. Linear heads that all captions share give the text space one direction
@@ -227,7 +225,7 @@ def fit_unet(pipeline: StableDiffusionPipeline, portraits: Portraits, steps: int
 
 
 def look_labels(occupation: Tensor) -> dict[str, Tensor]:
-    """What the occupations' looks decide: a class index for each kind and colour, int64 with the shape of `occupation`."""
+    """What the occupations' looks decide: a class index for each kind and colour, with the shape of `occupation`."""
     choices = {"background": BACKGROUNDS, "clothes": CLOTHES, "headwear": HEADWEAR}
     choices |= {f"{part}_colour": tuple(COLOURS) for part in choices}
     return {
