@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
@@ -20,7 +21,7 @@ from fairness_dft.features import Clip
 from fairness_dft.metrics import BiasSummary, FairnessMetric
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompts import PromptBatch
-from fairness_dft.report import GridRow, comparison_grid
+from fairness_dft.report import GridRow, GridSide, comparison_grid
 
 TRAINING, INDEPENDENT = "training", "independent"
 
@@ -269,8 +270,8 @@ class ImageGrid(EvaluationCallback):
         for model in ("original", "ema"):
             pictures = images[model][: self.images]
             verdict = module.judge(pictures)
-            classes = torch.where(verdict.face, verdict.classes(module.attribute.name), -1)
-            row.sides[model] = (pictures.float().cpu(), classes.cpu())
+            classes = verdict.classes(module.attribute.name)
+            row.sides[model] = GridSide(pictures.float().cpu(), classes.cpu(), verdict.face.cpu())
         self.rows.append(row)
 
     @override
@@ -332,3 +333,30 @@ class Throughput(Callback):
     ) -> None:
         images = len(batch.seeds) * trainer.world_size
         pl_module.log("images_per_second", images / (time.monotonic() - self.started), prog_bar=True)
+
+
+class StepBar(TQDMProgressBar):
+    """One bar for the whole training, in optimizer steps; Lightning's own starts anew in every epoch."""
+
+    @override
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.max_steps < 0:  # the run's length is given in epochs
+            return super().on_train_epoch_start(trainer, *args)
+        bar = self.train_progress_bar
+        if bar.total is None:
+            bar.total, bar.initial, bar.n = trainer.max_steps, trainer.global_step, trainer.global_step
+            bar.set_description("Finetuning")
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.max_steps < 0:
+            return super().on_train_batch_end(trainer, pl_module, *args)
+        bar = self.train_progress_bar
+        bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+        bar.update(trainer.global_step - bar.n)

@@ -27,6 +27,7 @@ from fairness_dft.callbacks import (
     BiasMonitor,
     ImageGrid,
     QualityMonitor,
+    StepBar,
     Throughput,
 )
 from fairness_dft.module import FairFinetuning
@@ -116,6 +117,8 @@ class FairnessCLI(LightningCLI):
             kwargs["logger"] = tensorboard
         elif not logger:
             kwargs["default_root_dir"] = tensorboard.log_dir  # a run without curves has its own folder too
+        if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
+            self.trainer_defaults["callbacks"].append(StepBar())
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:

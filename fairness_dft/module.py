@@ -151,6 +151,7 @@ class FairFinetuning(LightningModule):
     ) -> None:
         """Log a training step; what has no value, as the loss of no target or the bias of no face, is not logged."""
         values = {"loss/semantics": semantics, "faces/with_face": verdict.face.float().mean()}
+        values["learning_rate"] = torch.tensor(self.lr_schedulers().get_last_lr()[0])
         values["faces/with_target"] = alignment.chosen.float().mean()
         if alignment.total:
             values["loss/alignment"] = align

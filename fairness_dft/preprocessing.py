@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as Hugging Face writes it
+
 
 class Preprocessing(nn.Module):
     """Resize to the network's input size and normalise by its mean and standard deviation.
@@ -18,11 +20,14 @@ class Preprocessing(nn.Module):
         size: height and width of the network's input, in pixels.
         mean: of each channel, for images in [0, 1].
         deviation: standard deviation of each channel.
+        mode: how to interpolate, bilinear or bicubic.
     """
 
-    def __init__(self, size: tuple[int, int], mean: list[float], deviation: list[float]) -> None:
+    def __init__(
+        self, size: tuple[int, int], mean: list[float], deviation: list[float], mode: str = "bilinear"
+    ) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.mode = size, mode
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("deviation", torch.tensor(deviation)[:, None, None], persistent=False)
 
@@ -40,9 +45,10 @@ class Preprocessing(nn.Module):
                 size = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
             else:
                 size = (size, size)
+            mode = "bicubic" if config.get("resample") == BICUBIC else "bilinear"
             if not config.get("do_normalize", True):
-                return cls(size, [0.0] * 3, [1.0] * 3)
-            return cls(size, config["image_mean"], config["image_std"])
+                return cls(size, [0.0] * 3, [1.0] * 3, mode)
+            return cls(size, config["image_mean"], config["image_std"], mode)
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is no valid JSON: {error}") from None
         except KeyError as missing:
@@ -51,5 +57,5 @@ class Preprocessing(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images with shape (N, 3, H, W), in [0, 1], to network input with shape (N, 3, h, w)."""
         if images.shape[-2:] != self.size:
-            images = interpolate(images, self.size, mode="bilinear", antialias=True, align_corners=False)
+            images = interpolate(images, self.size, mode=self.mode, antialias=True, align_corners=False)
         return (images - self.mean) / self.deviation

@@ -21,18 +21,32 @@ TITLES = {"original": "before", "ema": "after", "trained": "after (not averaged)
 TILE, BAR, GAP, MARGIN = 72, 8, 2, 24
 
 
+@dataclass(frozen=True)
+class GridSide:
+    """One model's images of a prompt, and what a judge sees in them.
+
+    Attributes:
+        images: with shape (n, 3, H, W), in [0, 1].
+        classes: the class of each image, int64 with shape (n,); any value where there is no `face`.
+        face: whether an image shows a face, bool with shape (n,).
+    """
+
+    images: Tensor
+    classes: Tensor
+    face: Tensor
+
+
 @dataclass
 class GridRow:
     """One prompt of a before/after picture.
 
     Attributes:
         prompt: the text.
-        sides: by model, images with shape (n, 3, H, W), in [0, 1], and classes with shape (n,), −1 for no
-            face.
+        sides: what each model made of it, by the model's name.
     """
 
     prompt: str
-    sides: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sides: dict[str, GridSide] = field(default_factory=dict)
 
 
 def comparison_grid(rows: Sequence[GridRow], attribute: str, classes: Sequence[str]) -> Image.Image:
@@ -44,7 +58,7 @@ def comparison_grid(rows: Sequence[GridRow], attribute: str, classes: Sequence[s
         classes: their names.
     """
     models = list(rows[0].sides)
-    count = len(rows[0].sides[models[0]][1])
+    count = len(rows[0].sides[models[0]].face)
     columns = (count + 1) // 2
     block = columns * (TILE + GAP)
     row_height = 22 + 2 * (TILE + BAR + GAP) + 10
@@ -155,33 +169,33 @@ def _number(value: float | None, digits: int = 2) -> str:
 def _paste_block(
     canvas: Image.Image,
     pen: ImageDraw.ImageDraw,
-    side: tuple[Tensor, Tensor],
+    side: GridSide,
     left: int,
     top: int,
     columns: int,
 ) -> None:
-    images, classes = side
-    order = sorted(range(len(classes)), key=lambda i: (classes[i] < 0, int(classes[i]), i))
+    classes = [int(index) if face else None for index, face in zip(side.classes, side.face, strict=True)]
+    order = sorted(range(len(classes)), key=lambda i: (classes[i] is None, classes[i] or 0, i))
     for place, i in enumerate(order):
         x = left + place % columns * (TILE + GAP)
         y = top + place // columns * (TILE + BAR + GAP)
-        pixels = (images[i].permute(1, 2, 0) * 255).round().byte().numpy()
+        pixels = (side.images[i].permute(1, 2, 0) * 255).round().byte().numpy()
         canvas.paste(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
-        pen.rectangle((x, y + TILE, x + TILE + GAP - 1, y + TILE + BAR - 3), fill=_colour(int(classes[i])))
+        pen.rectangle((x, y + TILE, x + TILE + GAP - 1, y + TILE + BAR - 3), fill=_colour(classes[i]))
 
 
 def _legend(pen: ImageDraw.ImageDraw, attribute: str, classes: Sequence[str], place: tuple[int, int]) -> None:
     x, y = place
     pen.text((x, y), f"perceived {attribute}:", fill="#333333", font=_font(15))
     x += 20 + round(pen.textlength(f"perceived {attribute}:", font=_font(15)))
-    for index, name in [*enumerate(classes), (-1, "no face")]:
+    for index, name in [*enumerate(classes), (None, "no face")]:
         pen.rectangle((x, y + 2, x + 14, y + 16), fill=_colour(index))
         pen.text((x + 20, y), name, fill="#333333", font=_font(15))
         x += 44 + round(pen.textlength(name, font=_font(15)))
 
 
-def _colour(index: int) -> str:
-    return NO_FACE if index < 0 else PALETTE[index % len(PALETTE)]
+def _colour(index: int | None) -> str:
+    return NO_FACE if index is None else PALETTE[index % len(PALETTE)]
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -15,6 +15,7 @@ from fairness_dft.callbacks import (
     BiasMonitor,
     ImageGrid,
     QualityMonitor,
+    StepBar,
     Throughput,
 )
 from fairness_dft.classifiers import Judge, Verdict
@@ -172,3 +173,27 @@ def test_a_lost_face_does_not_excuse_a_lost_occupation(monkeypatch):
     images = {"original": torch.zeros(4, 3, 8, 8), "ema": torch.ones(4, 3, 8, 8)}
     monitor.see(module, images, next(iter(prompts().test_dataloader())))
     assert monitor.metrics["occupation_kept", "ema"].compute() == 3 / 4  # of two with a face both, of all four three
+
+
+def test_one_bar_counts_the_steps_of_the_whole_run_and_shows_the_bias(tmp_path, capsys):
+    """Epochs of two batches, two batches a step, and a run that was resumed after its first step."""
+    settings = dict(accumulate_grad_batches=2, enable_progress_bar=True)
+    data = dict(train_prompts=2, images_per_prompt=2)
+    first = trainer(tmp_path, max_steps=1, callbacks=[StepBar()], **settings)
+    first.fit(finetuning(), prompts(**data))
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    capsys.readouterr()
+    bar = StepBar()
+    rest = trainer(tmp_path, max_steps=3, callbacks=[bar, Throughput()], **settings)
+    rest.fit(finetuning(), prompts(**data), ckpt_path=tmp_path / "first.ckpt")
+    last = capsys.readouterr().out.rstrip().splitlines()[-1].split("\r")[-1]
+    assert "Finetuning: 100%" in last and "3/3" in last
+    assert (bar.train_progress_bar.initial, bar.train_progress_bar.n) == (1, 3)
+    assert "bias=" in last and "loss/total=" in last and "images_per_second=" in last and "v_num" not in last
+
+
+def test_a_run_measured_in_epochs_keeps_lightnings_bar(tmp_path, capsys):
+    epochs = dict(max_steps=-1, max_epochs=2, enable_progress_bar=True)
+    trainer(tmp_path, callbacks=[StepBar()], **epochs).fit(finetuning(), prompts(train_prompts=2, images_per_prompt=2))
+    last = capsys.readouterr().out.rstrip().splitlines()[-1].split("\r")[-1]
+    assert "Epoch 1: 100%" in last and "2/2" in last

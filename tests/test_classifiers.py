@@ -268,11 +268,12 @@ def test_without_resize_preprocessing_is_hugging_faces_own(tmp_path: Path, size:
     torch.testing.assert_close(preprocessing(tmp_path, size=configured)(as_image(pixels)), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
 @pytest.mark.parametrize("size", [(64, 64), (37, 53), (16, 40), (9, 5), (1, 1)])
-def test_resizing_is_pils_antialiased_bilinear(tmp_path: Path, size: tuple[int, int]) -> None:
-    pixels = picture(*size)
-    expected = np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR))
-    prepare = preprocessing(tmp_path, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+def test_resizing_is_pils_with_antialiasing(tmp_path: Path, size: tuple[int, int], resample: int) -> None:
+    pixels = picture(*size) // 2 + 64  # PIL clips what a cubic overshoots
+    expected = np.asarray(Image.fromarray(pixels).resize((16, 16), resample))
+    prepare = preprocessing(tmp_path, image_mean=[0.0] * 3, image_std=[1.0] * 3, resample=int(resample))
     # PIL rounds to whole grey levels after each of its two passes.
     torch.testing.assert_close(prepare(as_image(pixels)), as_image(expected), rtol=0, atol=1.5 / 255)
 

@@ -20,6 +20,7 @@ from fairness_dft.report import (
     PALETTE,
     TILE,
     GridRow,
+    GridSide,
     comparison_grid,
     print_results,
     results,
@@ -35,11 +36,11 @@ def plain(grey: int) -> Tensor:
 
 
 def row(classes: dict[str, list[int]]) -> GridRow:
-    """One prompt whose i-th image is plain grey number i."""
-    sides = {
-        model: (torch.stack([plain(grey) for grey, _ in zip(GREYS, of, strict=False)]), torch.tensor(of))
-        for model, of in classes.items()
-    }
+    """One prompt whose i-th image is plain grey number i; a class of -1 stands for no face."""
+    sides = {}
+    for model, of in classes.items():
+        images = torch.stack([plain(grey) for grey, _ in zip(GREYS, of, strict=False)])
+        sides[model] = GridSide(images, torch.tensor(of), torch.tensor(of) >= 0)
     return GridRow("a chef", sides)
 
 
