@@ -22,7 +22,8 @@ class Attribute:
     Args:
         name: head of the classifier that reads it, such as gender, race or age.
         target: D, as "uniform", as one number a class in the classifier's order, or by class name.
-        confidence: C, the confidence that a dynamic target must reach to be used, in [0, 1].
+        confidence: C, the confidence that a dynamic target must reach to be used, in [0, 1]; a draw between
+            classes is never used.
         factor1: weight of the image-semantics loss where the target differs from the original image's class
             or there is no target, in [0, 1] (paper: gender 0.2, race 0.6, age 0.6).
         factor2: scale of that loss's gradient inside the face region in the same cases, in [0, 1]

@@ -120,11 +120,14 @@ class BiasMonitor(EvaluationCallback):
         self.metrics: dict[tuple[str, str, str], FairnessMetric] = {}
         self.summaries: dict[tuple[str, str, str], BiasSummary] = {}
 
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def load(self) -> None:
+        """Load the independent judge, once."""
         if self.independent_judge is not None:
             self.independent_judge.load()
-            self.independent_judge.to(pl_module.device)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.load()
 
     def judges(self, module: FairFinetuning) -> Iterator[tuple[str, Judge]]:
         """The judges by name, the training judge first."""
@@ -197,11 +200,19 @@ class QualityMonitor(EvaluationCallback):
         self.metrics: dict[tuple[str, str], MeanMetric] = {}
         self.values: dict[tuple[str, str], float] = {}
 
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def load(self) -> None:
+        """Load the judge, once.
+
+        Raises:
+            ValueError: if it does not read the subject.
+        """
         if self.judge is not None:
             self.judge.load()
             self.judge.classes(self.subject)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.load()
 
     @override
     def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:

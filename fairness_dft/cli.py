@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from typing_extensions import override
@@ -115,15 +116,24 @@ class FairnessCLI(LightningCLI):
         logger = self._get(self.config_init, "trainer.logger")
         if logger in (None, True):
             kwargs["logger"] = tensorboard
-        elif not logger:
+        if logger or logger is None:
+            self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
+        else:
             kwargs["default_root_dir"] = tensorboard.log_dir  # a run without curves has its own folder too
-        if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
+        if self._get(self.config_init, "trainer.enable_progress_bar") is not False and not self.own_progress_bar():
             self.trainer_defaults["callbacks"].append(StepBar())
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
-            hint = "where it is about the machine, leave accelerator and devices to auto"
-            raise ValueError(f"--trainer: {one_line(error).rstrip('.!')}; {hint}") from error
+            hint = "; where it is about the machine, leave accelerator and devices to auto"
+            hint = "" if "callback" in str(error) else hint
+            raise ValueError(f"--trainer: {one_line(error).rstrip('.!')}{hint}") from error
+
+    def own_progress_bar(self) -> bool:
+        """Whether the user's configuration brings a progress bar of its own."""
+        callbacks = self._get(self.config_init, "trainer.callbacks")
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        return any(isinstance(callback, ProgressBar) for callback in callbacks)
 
 
 def one_line(error: Exception) -> str:

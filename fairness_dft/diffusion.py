@@ -16,6 +16,7 @@ References:
     Classifier-Free Diffusion Guidance (Ho and Salimans, 2022). https://arxiv.org/abs/2207.12598
 """
 
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -277,9 +278,11 @@ def on_hub(path: str) -> bool:
 def cannot_load(path: str, reason: str) -> str:
     """Says in one line which model could not be loaded, why, and how to go on."""
     reason = (reason.strip() or "unknown reason").splitlines()[0].rstrip(".")
+    local = resolve(path).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+    download = "" if local else f"Download it where there is a network (`hf download {path}`), or give"
     return (
-        f"Could not load the text-to-image model {path!r} ({reason}). Download it where there is a network "
-        f"(`hf download {path}`), or give a local folder in the same layout "
+        f"Could not load the text-to-image model {path!r} ({reason}). "
+        f"{download or 'Give'} a local folder in the layout of Stable Diffusion "
         "(--model.generator.init_args.path FOLDER), or run on the miniature that ships with this repository "
         "(--config experiments/parts/portraits.yaml)."
     )

@@ -26,21 +26,24 @@ def main(args: ArgsType = None) -> None:
     """
     cli = FairnessCLI(args)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    data.check([split for split in SPLITS if split != "validation" or trainer.limit_val_batches], trainer.world_size)
-    seen = tested_and_trained(data)
+    unused = {"validation": trainer.limit_val_batches == 0, "test": trainer.limit_test_batches == 0}
+    data.check([split for split in SPLITS if not unused.get(split)], trainer.world_size)
+    seen = [] if unused["test"] else tested_and_trained(data)
     if seen and trainer.is_global_zero:
         print(f"warning: {len(seen)} test prompts are also trained on, such as {seen[0]!r}: {SEEN}", file=sys.stderr)
+    find = {type(callback): callback for callback in trainer.callbacks}
+    for monitor in (find[BiasMonitor], find[QualityMonitor]):
+        monitor.load()  # small networks first: what is wrong with them is told before the large ones load
     module.configure_model()
     started = time.monotonic()
     trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
     trained = time.monotonic()
-    if not trainer.limit_test_batches:
+    if unused["test"]:
         return  # asked to measure nothing
     trainer.test(module, data, verbose=False)
     log_dir = trainer.log_dir  # a broadcast: every rank must ask
     if not trainer.is_global_zero or log_dir is None:
         return
-    find = {type(callback): callback for callback in trainer.callbacks}
     target = dict(zip(module.judge.classes(module.attribute.name), module.target.tolist(), strict=True))
     run = {
         "steps": trainer.global_step,

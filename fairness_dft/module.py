@@ -128,7 +128,10 @@ class FairFinetuning(LightningModule):
         )
         steps = None if self.schedule == "constant" else int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=0, num_training_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "learning_rate"},
+        }
 
     @override
     def training_step(self, batch: PromptBatch, batch_idx: int) -> STEP_OUTPUT:
@@ -151,7 +154,6 @@ class FairFinetuning(LightningModule):
     ) -> None:
         """Log a training step; what has no value, as the loss of no target or the bias of no face, is not logged."""
         values = {"loss/semantics": semantics, "faces/with_face": verdict.face.float().mean()}
-        values["learning_rate"] = torch.tensor(self.lr_schedulers().get_last_lr()[0])
         values["faces/with_target"] = alignment.chosen.float().mean()
         if alignment.total:
             values["loss/alignment"] = align
@@ -194,7 +196,7 @@ class FairFinetuning(LightningModule):
         targets = torch.zeros(len(face), dtype=torch.long, device=face.device)
         chosen = torch.zeros_like(face)
         targets[face] = found.classes
-        chosen[face] = found.confidence >= self.attribute.confidence
+        chosen[face] = found.decided(self.attribute.confidence)
         here = slice(self.global_rank * len(verdict.face), (self.global_rank + 1) * len(verdict.face))
         return Alignment(targets[here], chosen[here], int(chosen.sum()))
 

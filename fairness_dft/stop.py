@@ -37,7 +37,20 @@ class GracefulStop(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
-        if stepped and trainer.strategy.reduce_boolean_decision(self.signal > 0, all=False):
+        if stepped:
+            self.obey(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.obey(trainer)  # the signal came in the last validation
+
+    def obey(self, trainer: Trainer) -> None:
+        """Save a checkpoint and end the run on all ranks, if any of them got a signal.
+
+        Raises:
+            SystemExit: with a status that tells the signal, on the first rank.
+        """
+        if trainer.strategy.reduce_boolean_decision(self.signal > 0, all=False):
             folder = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
             file = folder / f"stopped-step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(file)

@@ -9,6 +9,7 @@ from runpy import run_module
 
 import pytest
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fairness_dft.callbacks import AdapterAverage
@@ -272,6 +273,35 @@ def test_a_stop_outside_lightning_is_no_traceback(capsys):
     with pytest.raises(SystemExit, match="130"):
         run_main(command)
     assert capsys.readouterr().err == ""
+
+
+def test_one_progress_bar_ours_or_the_users(tmp_path):
+    def bars(*more):
+        trainer = FairnessCLI([*MINIATURE, f"--output={tmp_path}", *more]).trainer
+        return [type(each).__name__ for each in trainer.callbacks if isinstance(each, ProgressBar)]
+
+    assert bars() == ["StepBar"]
+    assert bars("--trainer.callbacks=RichProgressBar") == ["RichProgressBar"]
+    assert bars("--trainer.enable_progress_bar=false") == []
+
+
+def test_a_file_without_test_prompts_trains_where_no_test_is_wanted(tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    subjects = {"train": ["barber"], "validation": ["chemist"]}
+    file.write_text(json.dumps({"concept": "job", "templates": ["a {job}"], **subjects}))
+    arguments = small(tmp_path, f"--data.init_args.file={file}", "--data.init_args.train_subjects=null")
+    assert 'there is no "test" split' in refused(capsys, arguments)
+    main([*arguments, "--trainer.limit_test_batches=0"])
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_a_monitor_that_cannot_load_is_refused_before_any_large_network(tmp_path, capsys, monkeypatch):
+    def loaded(*_):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(FairFinetuning, "configure_model", loaded)
+    wrong = "--bias_monitor.independent_judge.classifier.init_args.path=no/such/folder"
+    assert "the classifier 'no/such/folder' has no config.json" in refused(capsys, small(tmp_path, wrong))
 
 
 def test_a_stop_is_saved_after_the_adapter_was_averaged(tmp_path):

@@ -1,7 +1,6 @@
 """Feature networks against Hugging Face's own embeddings."""
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -114,16 +113,18 @@ def test_dino_is_the_class_token(folders: dict[type[FeatureNet], Path]) -> None:
 def test_a_network_that_is_nowhere_is_one_clear_line_at_once(
     kind: type[FeatureNet], path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = []
+
     def no_network(*args: object, **kwargs: object) -> None:
+        asked.append(args)
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
-    started = time.monotonic()
     message = rf"the feature network '{path}' could not be loaded \(.+\): download .* --config \S+portraits.yaml"
     with pytest.raises(ValueError, match=message) as caught:
         kind(path).load()
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 5  # the hub's own retries would take minutes
+    assert len(asked) == 1  # the hub's own retries would take minutes
 
 
 @pytest.mark.parametrize(

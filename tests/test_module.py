@@ -197,8 +197,8 @@ def test_a_target_is_refused_before_the_generator_loads():
     assert not hasattr(module.generator, "unet")
 
 
-def test_training_lowers_the_alignment_loss_on_one_batch(tmp_path):
-    """Ten steps on few prompts move p towards the targets: a gradient of the wrong sign would fail here."""
+def test_training_brings_the_batch_nearer_to_its_target(tmp_path):
+    """Twelve steps on one prompt move the mean of p towards it: a gradient of the wrong sign would fail here."""
     module = finetuning(learning_rate=3e-3, semantics_weight=0.0)
     batch = first_batch(images_per_prompt=16, train_prompts=1)
 

@@ -55,6 +55,20 @@ def test_stopped_run_says_how_to_go_on_and_goes_on_as_if_it_had_not_been(tmp_pat
         torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
 
 
+def test_a_signal_in_the_last_validation_ends_the_run_too(tmp_path, capsys):
+    class InValidation(Callback):
+        def on_validation_end(self, trainer, module):
+            signal.raise_signal(signal.SIGTERM)
+
+    settings = dict(limit_val_batches=1, val_check_interval=1, check_val_every_n_epoch=None)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, 1, more=[GracefulStop(), InValidation()], **settings)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    file = tmp_path / "checkpoints" / "stopped-step=1.ckpt"
+    assert f"stopped after step 1; to go on, add --ckpt_path {file}\n" in capsys.readouterr().err
+    resumable(file)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
 def test_second_signal_stops_at_once(tmp_path, capsys, number, code):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored

@@ -12,17 +12,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from transformers import CLIPTokenizer
 from transformers.utils import logging
 
 from fairness_dft.cli import run_main, writable
 from fairness_dft.portraits.base import base_bias
 from fairness_dft.portraits.judges import train_classifier, train_clip, train_dino
-from fairness_dft.portraits.text_to_image import (
-    make_tokenizer,
-    save_pipeline,
-    train_autoencoder,
-    train_generator,
-)
+from fairness_dft.portraits.text_to_image import save_pipeline, train_autoencoder, train_generator
 from fairness_dft.portraits.training import draw_portraits, save_half
 from fairness_dft.portraits.world import DATA, training_subjects
 
@@ -59,8 +55,8 @@ def evaluation_classifier(folder: Path, scale: float) -> dict:
 
 def clip(folder: Path, scale: float) -> dict:
     """Train the CLIP model (CLIP-T, CLIP-I)."""
-    captions = draw_portraits(int(40_000 * scale), seed=2).captions
-    return train_clip(vae_of(folder), make_tokenizer(captions), folder / "clip", scale)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "pipeline" / "tokenizer")
+    return train_clip(vae_of(folder), tokenizer, folder / "clip", scale)
 
 
 def dino(folder: Path, scale: float) -> dict:

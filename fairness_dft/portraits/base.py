@@ -11,7 +11,7 @@ from fairness_dft.prompts import OccupationPrompts
 from fairness_dft.sampler import Sampler
 
 ATTRIBUTES = ("gender", "race", "age")
-SAMPLER = Sampler(steps=8, guidance_scale=1.25, checkpoint=False, decode_chunk=64)
+SAMPLER = Sampler(steps=6, guidance_scale=1.25, checkpoint=False, decode_chunk=64)  # as the experiments test
 
 
 @torch.no_grad()
@@ -40,7 +40,8 @@ def base_bias(folder: Path, images_per_prompt: int = 48) -> dict:
             verdict = judge(images)
             for attribute in ATTRIBUTES:
                 metrics[name, attribute].update(batch.index, verdict.classes(attribute), verdict.face)
-    figures: dict[str, dict] = {name: {} for name in judges}
+    figures: dict[str, dict] = {"sampler": {"steps": SAMPLER.steps, "guidance_scale": SAMPLER.guidance_scale}}
+    figures |= {name: {} for name in judges}
     for (name, attribute), metric in metrics.items():
         figures[name][attribute] = metric.compute().as_dict()
     return figures

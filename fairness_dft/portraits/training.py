@@ -103,7 +103,7 @@ def optimise(
 
 
 def save_half(model: nn.Module, folder: Path) -> None:
-    """Save a copy of a diffusers or transformers model in half precision and safetensors."""
+    """Save a diffusers or transformers model in half precision and safetensors; in memory it is rounded to that too."""
     dtype = next(model.parameters()).dtype
     model.half().save_pretrained(folder, safe_serialization=True)
     model.to(dtype)
