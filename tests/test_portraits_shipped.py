@@ -19,7 +19,7 @@ from fairness_dft.prompts import OccupationPrompts
 MANIFEST = json.loads((PORTRAITS / "manifest.json").read_text())
 REQUIRED = {"gender": 0.6, "race": 0.35}
 # Every sixth of the 50 test occupations. Of the six such samples the one that stands for all of them best: its mean
-# biases are .666 and .404, theirs .651 and .394.
+# biases are .675 and .404, theirs .656 and .396.
 SAMPLE = slice(1, None, 6)
 
 
