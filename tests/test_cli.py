@@ -291,7 +291,7 @@ def test_a_file_without_test_prompts_trains_where_no_test_is_wanted(tmp_path, ca
     file.write_text(json.dumps({"concept": "job", "templates": ["a {job}"], **subjects}))
     arguments = small(tmp_path, f"--data.init_args.file={file}", "--data.init_args.train_subjects=null")
     assert 'there is no "test" split' in refused(capsys, arguments)
-    main([*arguments, "--trainer.limit_test_batches=0"])
+    main([*arguments, "--trainer.limit_test_batches=0", "--trainer.log_every_n_steps=1"])
     assert not list(tmp_path.rglob("results.json"))
 
 

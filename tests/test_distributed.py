@@ -13,7 +13,8 @@ from test_cli import MINIATURE, ROOT, SMALL
 
 def fit(folder: Path, *more: str) -> Path:
     """Run the command as a user does; return its run folder."""
-    command = [sys.executable, "-m", "fairness_dft.fit", *MINIATURE, *SMALL, f"--output={folder}", "--name=run", *more]
+    more = (f"--output={folder}", "--name=run", "--adapter_average.decay=0.5", *more)  # so that two steps show in it
+    command = [sys.executable, "-m", "fairness_dft.fit", *MINIATURE, *SMALL, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
