@@ -125,9 +125,8 @@ class FairnessCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
-            hint = "; where it is about the machine, leave accelerator and devices to auto"
-            hint = "" if "callback" in str(error) else hint
-            raise ValueError(f"--trainer: {one_line(error).rstrip('.!')}{hint}") from error
+            hint = "where it is about the machine, leave accelerator and devices to auto"
+            raise ValueError(f"--trainer: {one_line(error).rstrip('.!')}; {hint}") from error
 
     def own_progress_bar(self) -> bool:
         """Whether the user's configuration brings a progress bar of its own."""
