@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import final, override
 
-from fairness_dft.diffusion import quiet
 from fairness_dft.faces import FaceFinder, Faces, WholeFrame, whole_frame_boxes
+from fairness_dft.loading import quiet, resolve
 from fairness_dft.preprocessing import Preprocessing
-from fairness_dft.prompt_files import resolve
 
 FACE_HEAD, FACE_PRESENT = "face", "present"
 

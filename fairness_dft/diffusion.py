@@ -17,7 +17,6 @@ References:
 """
 
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fairness_dft.prompt_files import resolve
+from fairness_dft.loading import on_hub, quiet, resolve
 
 
 class TextToImage(nn.Module, ABC):
@@ -264,17 +263,6 @@ def find_scheduler(name: str) -> Any:
     return found
 
 
-def on_hub(path: str) -> bool:
-    """Asks the Hugging Face hub for a model, once, without the retries that make a missing network slow."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().model_info(path, timeout=5)
-    except Exception:  # not a name, no such model, no access, no network: what is cached may still load
-        return False
-    return True
-
-
 def cannot_load(path: str, reason: str) -> str:
     """Says in one line which model could not be loaded, why, and how to go on."""
     reason = (reason.strip() or "unknown reason").splitlines()[0].rstrip(".")
@@ -286,25 +274,3 @@ def cannot_load(path: str, reason: str) -> str:
         "(--model.generator.init_args.path FOLDER), or run on the miniature that ships with this repository "
         "(--config experiments/parts/portraits.yaml)."
     )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the loaders of transformers and diffusers, whose complaints end up in the error anyway."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
-    bar = transformers_logging.is_progress_bar_enabled()
-    for library, _ in before:
-        library.set_verbosity(library.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for library, verbosity in before:
-            library.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fairness_dft.diffusion import on_hub, quiet
+from fairness_dft.loading import on_hub, quiet, resolve
 from fairness_dft.preprocessing import Preprocessing
-from fairness_dft.prompt_files import resolve
 
 
 class FeatureNet(nn.Module, ABC):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fairness_dft.loading import resolve
+
 SPLITS = ("train", "validation", "test")
 KEYS = ("concept", "source", "licence", "templates", *SPLITS)
 
@@ -26,20 +28,6 @@ class Prompt(NamedTuple):
     text: str
     subject: str
     concept: str
-
-
-def resolve(path: str | Path) -> Path:
-    """Finds a file from the current directory or, if it is not there, from the root of the repository.
-
-    Args:
-        path: an absolute path, or one relative to either place.
-
-    Returns:
-        The path where the file is, or the path as given if it is in neither place.
-    """
-    given = Path(path).expanduser()
-    shipped = Path(__file__).resolve().parent.parent / given
-    return shipped if shipped.exists() and not given.exists() else given
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from typing_extensions import override
 
-from fairness_dft.prompt_files import SPLITS, Prompt, PromptList, lines, normalise, resolve
+from fairness_dft.loading import resolve
+from fairness_dft.prompt_files import SPLITS, Prompt, PromptList, lines, normalise
 
 IMAGES = {
     "train": "images_per_prompt",

@@ -9,8 +9,8 @@ import pytest
 from prompt_samples import VALID, write
 
 from fairness_dft import prompt_files as module
-from fairness_dft.prompt_files import SPLITS, Prompt, PromptList, resolve
-from fairness_dft.prompts import OccupationPrompts, SportPrompts
+from fairness_dft.prompt_files import SPLITS, Prompt, PromptList
+from fairness_dft.prompts import OccupationPrompts
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -172,13 +172,3 @@ def test_text_without_a_prompt_is_refused(tmp_path, content):
 def test_missing_file_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="there is no such file; give a path relative to the current"):
         PromptList.from_file(tmp_path / name)
-
-
-def test_resolve_prefers_the_current_directory_to_the_repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert resolve("data/prompts/sports.json") == FOLDER / "sports.json"
-    assert resolve(tmp_path / "nowhere.json") == tmp_path / "nowhere.json"
-    assert resolve("nowhere.json") == Path("nowhere.json")
-    (tmp_path / "data" / "prompts").mkdir(parents=True)
-    write(tmp_path / "data" / "prompts", VALID, "sports.json")
-    assert SportPrompts().prompts("train") == [Prompt("a chef", "chef", "job")]
