@@ -343,17 +343,22 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, *args: Any
     ) -> None:
         images = len(batch.seeds) * trainer.world_size
-        pl_module.log("images_per_second", images / (time.monotonic() - self.started), prog_bar=True)
+        pl_module.log("speed/images_per_second", images / (time.monotonic() - self.started), prog_bar=True)
 
 
 class StepBar(TQDMProgressBar):
-    """One bar for the whole training, in optimizer steps; Lightning's own starts anew in every epoch."""
+    """One bar for the whole training, in optimizer steps; Lightning's own starts anew in every epoch.
+
+    It shows the loss, the bias of the batch beside what a fair model would have in so few images, and the speed.
+    """
+
+    short = {"loss/total": "loss", "batch/bias": "bias", "batch/floor": "floor", "speed/images_per_second": "images/s"}
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return metrics
+        return {self.short.get(name, name): value for name, value in metrics.items()}
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:

@@ -25,7 +25,7 @@ from fairness_dft.classifiers import Judge, Verdict
 from fairness_dft.diffusion import TextToImage
 from fairness_dft.features import FeatureNet
 from fairness_dft.losses import Alignment, alignment_loss, must_change, scale_face_gradient, semantics_loss
-from fairness_dft.metrics import class_bias
+from fairness_dft.metrics import class_bias, finite_sample_floor
 from fairness_dft.prompts import PromptBatch
 from fairness_dft.sampler import Sampler
 from fairness_dft.transport import expected_targets
@@ -162,7 +162,8 @@ class FairFinetuning(LightningModule):
         classes = self.gather(verdict.classes(self.attribute.name))[self.gather(verdict.face)]
         if len(classes):
             counts = torch.bincount(classes, minlength=len(self.target))
-            self.log("bias", class_bias(counts / len(classes)), prog_bar=True)
+            self.log("batch/bias", class_bias(counts / len(classes)), prog_bar=True)
+            self.log("batch/floor", float(finite_sample_floor(len(classes), len(counts))), prog_bar=True)
 
     def randomness(self) -> torch.Generator:
         """Draws of this batch: the same on every rank, and after a resume the same as without it."""

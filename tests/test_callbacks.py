@@ -134,8 +134,10 @@ def test_grid_is_a_picture_and_tensorboard_has_the_curves(run):
     events = EventAccumulator(str(folder)).Reload()
     scalars = events.Tags()["scalars"]
     wanted = {"loss/total", "bias_gender/ema", "bias_gender/original", "bias_gender/floor", "kept/clip_t_ema",
-              "bias_gender/ema_independent", "frequency_race/dark_ema", "images_per_second"}  # fmt: skip
+              "bias_gender/ema_independent", "frequency_race/dark_ema", "speed/images_per_second",
+              "batch/bias", "batch/floor"}  # fmt: skip
     assert wanted <= set(scalars)
+    assert {name for name in scalars if "/" not in name} <= {"learning_rate", "epoch"}  # the rest is in groups
     assert {"before_after/validation", "before_after/test"} <= set(events.Tags()["images"])
 
 
@@ -189,7 +191,7 @@ def test_one_bar_counts_the_steps_of_the_whole_run_and_shows_the_bias(tmp_path, 
     last = capsys.readouterr().out.rstrip().splitlines()[-1].split("\r")[-1]
     assert "Finetuning: 100%" in last and "3/3" in last
     assert (bar.train_progress_bar.initial, bar.train_progress_bar.n) == (1, 3)
-    assert "bias=" in last and "loss/total=" in last and "images_per_second=" in last and "v_num" not in last
+    assert all(f" {name}=" in last for name in ("loss", "bias", "floor", "images/s")) and "v_num" not in last
 
 
 def test_a_run_measured_in_epochs_keeps_lightnings_bar(tmp_path, capsys):
