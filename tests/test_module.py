@@ -1,6 +1,7 @@
 """The training step against the paper's algorithm written out, and what a fit may and may not change."""
 
 from dataclasses import replace
+from math import comb
 
 import pytest
 import torch
@@ -85,6 +86,10 @@ def test_training_step_is_the_algorithm_written_out(module, monkeypatch):
     torch.testing.assert_close(logged["loss/alignment"], align / chosen, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logged["loss/semantics"], semantics, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss.item(), align / chosen + 8 * semantics, rtol=1e-4, atol=1e-5)
+    faces, women = int(seen.face.sum()), int(seen.classes("gender")[seen.face].sum())
+    assert logged["batch/bias"] == pytest.approx(abs(2 * women - faces) / faces)
+    chance = sum(abs(2 * heads - faces) * comb(faces, heads) for heads in range(faces + 1)) / 2**faces
+    assert logged["batch/floor"] == pytest.approx(chance / faces)
 
 
 def test_originals_are_remembered_where_their_noise_recurs_and_change_nothing(module, monkeypatch):

@@ -10,7 +10,7 @@ from prompt_samples import VALID, write
 
 from fairness_dft import prompt_files as module
 from fairness_dft.prompt_files import SPLITS, Prompt, PromptList
-from fairness_dft.prompts import OccupationPrompts
+from fairness_dft.prompts import OccupationPrompts, SportPrompts
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -172,3 +172,10 @@ def test_text_without_a_prompt_is_refused(tmp_path, content):
 def test_missing_file_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="there is no such file; give a path relative to the current"):
         PromptList.from_file(tmp_path / name)
+
+
+def test_a_prompt_file_in_the_current_directory_comes_before_the_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "prompts").mkdir(parents=True)
+    write(tmp_path / "data" / "prompts", VALID, "sports.json")
+    assert SportPrompts().prompts("train") == [Prompt("a chef", "chef", "job")]
