@@ -208,7 +208,8 @@ class PromptModule(LightningDataModule):
         train_subjects: plain text file with the subjects to train on, one a line; training prompts about
             anything else are left out, validation and test are not changed.
         noise_pool: how many sets of N noises each training prompt has. Training then meets the same noise
-            again, and the original's images are judged only once; fresh noise in every step if left out.
+            again, and the original's images are judged only once; but a small pool is remembered, so that
+            fresh noise stays less fair. Fresh noise in every step if left out.
         seed: what the order of the prompts and the noise are derived from.
 
     Raises:
