@@ -223,8 +223,10 @@ def run_main(main: Any) -> None:
 
     FAIRNESS_DFT_TRACEBACK=1 shows the whole traceback, for who develops.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises at every start
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated", category=FutureWarning)  # lightning's own
+    for talker in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):  # they tell every start and process
+        logging.getLogger(talker).setLevel(logging.WARNING)
+    for own in (".*LeafSpec.*deprecated", ".*all_gather is deprecated"):  # calls that lightning makes
+        warnings.filterwarnings("ignore", message=own, category=FutureWarning)
     try:
         main()
     except (ValueError, MisconfigurationException) as error:

@@ -18,6 +18,7 @@ def fit(folder: Path, *more: str) -> Path:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert all("Seed set to 0" in line for line in done.stderr.splitlines()), done.stderr  # nothing to worry about
     return folder / "run" / "version_0"
 
 
