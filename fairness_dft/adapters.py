@@ -1,25 +1,30 @@
 """What is trained: a small set of tensors θ inside one copy of the frozen model.
 
-A low-rank adapter (LoRA) adds to each chosen weight matrix W a product of two thin ones,
+A low-rank adapter (LoRA) in the text encoder or the U-Net adds to each chosen weight matrix W a product of two
+thin ones,
 
-    W' = W + (alpha / rank) B A,    A with shape (rank, inputs),    B with shape (outputs, rank), at first 0,
+    W' = W + (alpha / rank) B A,    A with shape (rank, inputs),    B with shape (outputs, rank), at first 0;
 
-and the exponential moving average (EMA) of what is trained follows it as θ_ema ← decay θ_ema + (1 - decay) θ.
+a soft prompt prefix puts n trained token embeddings before those of the prompt, v_1 … v_n P, and leaves the
+empty prompt ∅ as it is; and several adapters can be trained together. The exponential moving average (EMA) of
+what is trained follows it as θ_ema ← decay θ_ema + (1 - decay) θ.
 
 The same copy of the model is thereby three models, of which one is active at a time: `original` (no adapter),
 `trained` (θ) and `ema` (θ_ema).
 
 References:
     LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021). https://arxiv.org/abs/2106.09685
+    The Power of Scale for Parameter-Efficient Prompt Tuning (Lester et al., 2021). https://arxiv.org/abs/2104.08691
 """
 
 import json
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +39,17 @@ class Adapter(ABC):
     """A set of trained tensors inside a frozen model, and their moving average.
 
     A kind of adapter says how it is injected (`attach`), which tensors it has (`tensors`), which of them the
-    model uses (`_activate`) and what its file is called and says beside the tensors (`save`).
+    model uses (`_activate`) and the name of the file that other programs load it from (`file`).
 
     Attributes:
         active: The name of the model in use.
+        file: The name of its exported file.
+        learning_rate: Its own learning rate; None for that of the run.
     """
 
     active: Name = "trained"
+    file: str
+    learning_rate: float | None = None
 
     @abstractmethod
     def attach(self, model: TextToImage) -> None:
@@ -61,8 +70,16 @@ class Adapter(ABC):
     def _activate(self, name: Name) -> None:
         """Makes the model compute with the named tensors, or with none for `original`."""
 
-    @abstractmethod
-    def save(self, folder: str | Path, name: Name = "ema") -> Path:
+    @property
+    def parts(self) -> Sequence["Adapter"]:
+        """The adapters that it consists of: by default itself alone."""
+        return [self]
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what other programs must know beside the tensors, by name."""
+        return {}
+
+    def save(self, folder: str | Path, name: Name = "ema") -> list[Path]:
         """Exports `trained` or `ema` as safetensors, in the layout that diffusers loads.
 
         Args:
@@ -70,11 +87,32 @@ class Adapter(ABC):
             name: Which tensors.
 
         Returns:
-            The path of the file.
+            The paths of the files.
         """
+        from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+        from safetensors.torch import save_file
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        paths = [Path(folder, file) for file in dict.fromkeys(part.file for part in self.parts)]
+        for path in paths:
+            parts = [part for part in self.parts if part.file == path.name]
+            state = {key: tensor for part in parts for key, tensor in part.state_dict(name).items()}
+            settings = {key: value for part in parts for key, value in part.settings().items()}
+            extra = {LORA_ADAPTER_METADATA_KEY: json.dumps(settings)} if settings else {}
+            save_file(state, path, metadata={"format": "pt", **extra})
+        return paths
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Returns the trained tensors with their learning rates, for an optimizer.
+
+        Args:
+            learning_rate: That of a part that has none of its own.
+        """
+        rates = [learning_rate if part.learning_rate is None else part.learning_rate for part in self.parts]
+        return [{"params": part.parameters(), "lr": rate} for part, rate in zip(self.parts, rates, strict=True)]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Returns the trained tensors θ, for an optimizer."""
+        """Returns the trained tensors θ."""
         return list(self.tensors("trained").values())
 
     @contextmanager
@@ -148,51 +186,59 @@ class Adapter(ABC):
             tensor.copy_(state[key])
 
 
-class TextEncoderLoRA(Adapter):
-    """LoRA in the attention and the MLP of the text encoder.
+class LoRA(Adapter):
+    """LoRA in one network of the model.
 
     Args:
         rank: The rank of each product B A.
         alpha: The strength, relative to `rank`; equal to it by default.
         target_modules: The names of the linear layers that get one.
+        learning_rate: The learning rate of this part; that of the run by default.
 
     Raises:
         ValueError: If the rank is not positive.
+
+    Attributes:
+        component: The name of the network, as an attribute of the model and in an exported file.
+        factors: The names of A and B in an exported file.
     """
 
+    file = "pytorch_lora_weights.safetensors"
+    component: str
+    factors = ("lora_A", "lora_B")
+
     def __init__(
-        self,
-        rank: int = 50,
-        alpha: float | None = None,
-        target_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        self, rank: int, alpha: float | None, target_modules: Sequence[str], learning_rate: float | None
     ) -> None:
         if rank < 1:
             raise ValueError(f"`rank` must be at least 1, but got {rank}")
         self.rank = rank
         self.alpha = rank if alpha is None else alpha
         self.target_modules = list(target_modules)
+        self.learning_rate = learning_rate
 
     @override
     def attach(self, model: TextToImage) -> None:
         from peft import LoraConfig
 
-        if hasattr(model.text_encoder, "peft_config"):
-            raise ValueError("the text encoder already has an adapter: load the model anew to attach another")
-        linear = {
-            path.rpartition(".")[2]
-            for path, layer in model.text_encoder.named_modules()
-            if isinstance(layer, nn.Linear)
-        }
-        unknown = sorted(set(self.target_modules) - linear)
+        network = getattr(model, self.component, None)
+        if network is None:
+            raise ValueError(f"the text-to-image model has no {self.component}: choose another adapter")
+        if hasattr(network, "peft_config"):
+            where = self.component.replace("_", " ").replace("unet", "U-Net")
+            raise ValueError(f"the {where} already has an adapter: load the model anew to attach another")
+        linear = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+        unknown = [name for name in self.target_modules if not any(f".{path}".endswith(f".{name}") for path in linear)]
         if unknown:
-            raise ValueError(f"`target_modules` must be among {sorted(linear)}, but got {unknown}")
-        self._text_encoder = model.text_encoder
+            names = sorted({re.sub(r".*?([^.]+(\.\d+)*)$", r"\1", path) for path in linear})
+            raise ValueError(f"`target_modules` must be among {names}, but got {unknown}")
+        self._network = network
         for name in ("trained", "ema"):
             config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.target_modules)
             with warnings.catch_warnings():
                 # It is the second one, as intended.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
-                self._text_encoder.add_adapter(config, name)
+                network.add_adapter(config, name)
             for tensor in self.tensors(name).values():
                 # PEFT follows the precision of the frozen weights, which may be too coarse to learn in.
                 tensor.data = tensor.data.float()
@@ -204,31 +250,182 @@ class TextEncoderLoRA(Adapter):
         from peft.tuners.lora import LoraLayer
 
         found = {}
-        for path, layer in self._text_encoder.named_modules():
+        for path, layer in self._network.named_modules():
             if isinstance(layer, LoraLayer):
-                # Without this level, which transformers dropped, other programs do not know the names.
-                path = f"text_encoder.text_model.{path.removeprefix('text_model.')}"
-                # PEFT's own names, lora_A and lora_B, diffusers knows in the attention only.
-                found[f"{path}.lora_linear_layer.down.weight"] = layer.lora_A[name].weight
-                found[f"{path}.lora_linear_layer.up.weight"] = layer.lora_B[name].weight
+                for factor, matrix in zip(self.factors, (layer.lora_A, layer.lora_B), strict=True):
+                    found[f"{self.component}.{self._exported(path)}.{factor}.weight"] = matrix[name].weight
         return found
+
+    def _exported(self, path: str) -> str:
+        """Returns the path of a layer as other programs know it."""
+        return path
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        settings = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.target_modules}
+        return {f"{self.component}.{key}": value for key, value in settings.items()}
 
     @override
     def _activate(self, name: Name) -> None:
         if name == "original":
-            self._text_encoder.disable_adapters()
+            self._network.disable_adapters()
         else:
-            self._text_encoder.enable_adapters()
-            self._text_encoder.set_adapter(name)
+            self._network.enable_adapters()
+            self._network.set_adapter(name)
+
+
+class TextEncoderLoRA(LoRA):
+    """LoRA in the attention and the MLP of the text encoder; see `LoRA`."""
+
+    component = "text_encoder"
+    # PEFT's own names, lora_A and lora_B, diffusers knows in the attention only.
+    factors = ("lora_linear_layer.down", "lora_linear_layer.up")
+
+    def __init__(
+        self,
+        rank: int = 50,
+        alpha: float | None = None,
+        target_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        learning_rate: float | None = None,
+    ) -> None:
+        super().__init__(rank, alpha, target_modules, learning_rate)
 
     @override
-    def save(self, folder: str | Path, name: Name = "ema") -> Path:
-        from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-        from safetensors.torch import save_file
+    def _exported(self, path: str) -> str:
+        # Without this level, which transformers dropped, other programs do not know the names.
+        return f"text_model.{path.removeprefix('text_model.')}"
 
-        path = Path(folder, LORA_WEIGHT_NAME_SAFE)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        config = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.target_modules}
-        config = json.dumps({f"text_encoder.{key}": value for key, value in config.items()})
-        save_file(self.state_dict(name), path, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: config})
-        return path
+
+class UNetLoRA(LoRA):
+    """LoRA in the attention of the U-Net; see `LoRA`."""
+
+    component = "unet"
+
+    def __init__(
+        self,
+        rank: int = 50,
+        alpha: float | None = None,
+        target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),
+        learning_rate: float | None = None,
+    ) -> None:
+        super().__init__(rank, alpha, target_modules, learning_rate)
+
+
+class Combined(Adapter):
+    """Several adapters, trained together.
+
+    Args:
+        parts: The adapters, of different kinds; by default LoRA in the text encoder and the U-Net.
+
+    Raises:
+        ValueError: If there is none, or two of a kind.
+    """
+
+    def __init__(self, parts: Sequence[Adapter] | None = None) -> None:
+        self._parts = [TextEncoderLoRA(), UNetLoRA()] if parts is None else list(parts)
+        kinds = [type(part).__name__ for part in self._parts]
+        if not kinds or len(set(kinds)) < len(kinds) or any(isinstance(part, Combined) for part in self._parts):
+            got = ", ".join(kinds) or "none"
+            raise ValueError(f"`parts` must be adapters of different kinds, but got {got}")
+
+    @property
+    @override
+    def parts(self) -> Sequence[Adapter]:
+        return self._parts
+
+    @override
+    def attach(self, model: TextToImage) -> None:
+        for part in self.parts:
+            part.attach(model)
+        # PEFT freezes what it does not know, such as a part before it.
+        self.switch("trained")
+
+    @override
+    def tensors(self, name: Name) -> dict[str, nn.Parameter]:
+        return {key: tensor for part in self.parts for key, tensor in part.tensors(name).items()}
+
+    @override
+    def _activate(self, name: Name) -> None:
+        for part in self.parts:
+            part.switch(name)
+
+
+class PromptPrefix(Adapter):
+    """Soft tokens before every prompt but the empty one; exported as a textual inversion.
+
+    Where the prompt fills the text encoder's length, its end is cut off to make room.
+
+    Args:
+        length: The number n of tokens.
+        token: The word that stands for them, in a prompt of another program.
+        learning_rate: The learning rate of this part; that of the run by default.
+
+    Raises:
+        ValueError: If the length is not positive.
+    """
+
+    file = "learned_embeds.safetensors"
+
+    def __init__(self, length: int = 5, token: str = "<fair>", learning_rate: float | None = None) -> None:
+        if length < 1:
+            raise ValueError(f"`length` must be at least 1, but got {length}")
+        self.length = length
+        self.token = token
+        self.learning_rate = learning_rate
+
+    @override
+    def attach(self, model: TextToImage) -> None:
+        tokenizer, text_encoder = getattr(model, "tokenizer", None), getattr(model, "text_encoder", None)
+        if tokenizer is None or text_encoder is None:
+            raise ValueError("the text-to-image model has no tokenizer and text encoder: choose another adapter")
+        words = [self.token, *(f"{self.token}_{i}" for i in range(1, self.length))]  # as diffusers names them
+        if known := set(words) & tokenizer.get_vocab().keys():
+            raise ValueError(f"`token` must be a new word, but the tokenizer knows {', '.join(sorted(known))}")
+        # In a vocabulary's own order, every process would draw other words.
+        whole = [index for word, index in sorted(tokenizer.get_vocab().items()) if re.fullmatch(r"[a-z]+</w>", word)]
+        drawn = [whole[i] for i in torch.randint(len(whole), (self.length,)).tolist()]
+        first = len(tokenizer)
+        tokenizer.add_tokens(words)
+        self._model, self._words = model, " ".join([*words, ""])
+        self._embedding = PrefixEmbedding(text_encoder.get_input_embeddings(), first, drawn)
+        text_encoder.set_input_embeddings(self._embedding)
+        self.switch("trained")
+
+    @override
+    def tensors(self, name: Name) -> dict[str, nn.Parameter]:
+        return {self.token: self._embedding.prefixes[name]}
+
+    @override
+    def _activate(self, name: Name) -> None:
+        self._model.prefix = "" if name == "original" else self._words
+        self._embedding.active = name
+
+
+class PrefixEmbedding(nn.Module):
+    """The token embedding of a text encoder, with further rows for soft tokens.
+
+    Args:
+        words: The frozen embedding of the words.
+        first: The index of the first soft token.
+        drawn: The words at whose embeddings the soft tokens start.
+    """
+
+    def __init__(self, words: nn.Embedding, first: int, drawn: Sequence[int]) -> None:
+        super().__init__()
+        self.words, self.first, self.active = words, first, "trained"
+        start = words.weight[list(drawn)].detach().float()
+        self.prefixes = nn.ParameterDict({name: nn.Parameter(start.clone()) for name in ("trained", "ema")})
+
+    @property
+    def weight(self) -> Tensor:
+        """The embeddings of the words, with shape (V, D)."""
+        return self.words.weight
+
+    @override
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Embeds token indices with shape (B, L), as float with shape (B, L, D)."""
+        embeddings, soft = self.words(tokens.clamp(max=self.first - 1)), tokens >= self.first
+        if self.active == "original" or not soft.any():
+            return embeddings
+        prefix = self.prefixes[self.active].to(embeddings.dtype)
+        return torch.where(soft[..., None], prefix[(tokens - self.first).clamp(min=0)], embeddings)

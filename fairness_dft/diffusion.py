@@ -36,10 +36,12 @@ class TextToImage(nn.Module, ABC):
         scheduler: A diffusers scheduler. It is a template: whoever samples works on a copy, as it has a
             state.
         latent_shape: The shape (C, h, w) of one latent.
+        prefix: Text that `encode` puts before every prompt but the empty one.
     """
 
     scheduler: Any
     latent_shape: tuple[int, int, int]
+    prefix: str = ""
 
     def check(self) -> None:  # noqa: B027  a model that needs nothing from outside is always there
         """Refuses a model that cannot be loaded, without loading it.
@@ -226,7 +228,7 @@ class StableDiffusion(TextToImage):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         config = self.text_encoder.config
         tokens = self.tokenizer(
-            list(prompts),
+            [self.prefix + prompt if prompt else "" for prompt in prompts],
             padding="max_length",
             max_length=min(self.tokenizer.model_max_length, config.max_position_embeddings),
             truncation=True,

@@ -58,7 +58,7 @@ class FairFinetuning(LightningModule):
         evaluation_sampler: how images are sampled for validation and test; as in training by default.
         features: networks whose embeddings of an image should stay as the frozen model's (CLIP and DINO).
         semantics_weight: λ_img, the weight of that loss (paper: 8, race alone 6).
-        learning_rate: of AdamW.
+        learning_rate: of AdamW, where a part of the adapter has none of its own.
         betas: of AdamW.
         weight_decay: of AdamW.
         schedule: the learning rate over the run: `constant` (paper), or `linear` or `cosine` down to zero at
@@ -124,7 +124,7 @@ class FairFinetuning(LightningModule):
         from transformers import get_scheduler
 
         optimizer = torch.optim.AdamW(
-            self.adapter.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+            self.adapter.parameter_groups(self.learning_rate), betas=self.betas, weight_decay=self.weight_decay
         )
         steps = None if self.schedule == "constant" else int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=0, num_training_steps=steps)

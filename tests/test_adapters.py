@@ -10,11 +10,19 @@ from safetensors import safe_open
 from tiny import build_tiny_pipeline
 from torch.testing import assert_close
 
-from fairness_dft.adapters import TextEncoderLoRA
+from fairness_dft.adapters import Adapter, Combined, PromptPrefix, TextEncoderLoRA, UNetLoRA
 from fairness_dft.diffusion import StableDiffusion
 from fairness_dft.sampler import Sampler
 
 PROMPTS = ["a chef", "a nurse", ""]
+SMALL = {
+    "text_encoder": lambda **options: TextEncoderLoRA(**{"rank": 3, **options}),
+    "unet": lambda **options: UNetLoRA(**{"rank": 3, **options}),
+    "both": lambda: Combined([TextEncoderLoRA(rank=2), UNetLoRA(rank=3, learning_rate=0.5)]),
+    "prefix": lambda **options: PromptPrefix(**{"length": 3, **options}),
+    "all": lambda: Combined([PromptPrefix(length=2), TextEncoderLoRA(rank=2), UNetLoRA(rank=3)]),
+}
+every_kind = pytest.mark.parametrize("kind", SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -22,75 +30,98 @@ def folder(tmp_path_factory) -> Path:
     return build_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
-def attached(folder: Path, **options) -> tuple[StableDiffusion, TextEncoderLoRA]:
-    model, adapter = StableDiffusion(str(folder), "DDIMScheduler"), TextEncoderLoRA(**{"rank": 3, **options})
+def load(folder: Path, **options) -> StableDiffusion:
+    model = StableDiffusion(str(folder), "DDIMScheduler", **options)
     model.load()
+    return model
+
+
+def attached(folder: Path, kind: str = "text_encoder", **options) -> tuple[StableDiffusion, Adapter]:
+    model, adapter = load(folder), SMALL[kind](**options)
     adapter.attach(model)
     return model, adapter
 
 
-def randomize(adapter: TextEncoderLoRA) -> None:
+def predict(model: StableDiffusion) -> torch.Tensor:
+    """What the whole model predicts for each prompt: every adapter takes part in it."""
+    noise = model.noise(torch.arange(len(PROMPTS)))
+    return model.denoise(noise, torch.tensor(500), model.encode(PROMPTS))
+
+
+def randomize(adapter: Adapter) -> None:
     for name in ("trained", "ema"):
         for tensor in adapter.tensors(name).values():
             torch.nn.init.normal_(tensor, std=0.3)
 
 
-def flags(adapter: TextEncoderLoRA, name: str) -> set[bool]:
+def flags(adapter: Adapter, name: str) -> set[bool]:
     return {tensor.requires_grad for tensor in adapter.tensors(name).values()}
 
 
-def test_fresh_adapter_changes_nothing_and_average_equals_trained(folder: Path) -> None:
-    model = StableDiffusion(str(folder))
-    model.load()
-    original = model.encode(PROMPTS)
-    adapter = TextEncoderLoRA(rank=3)
-    adapter.attach(model)
+@pytest.mark.parametrize(
+    ("kind", "count"), [("text_encoder", 2 * 6 * 2), ("unet", 4 * 8 * 2), ("both", 2 * 6 * 2 + 4 * 8 * 2)]
+)
+def test_fresh_lora_changes_nothing_and_average_equals_trained(folder: Path, kind: str, count: int) -> None:
+    original = predict(load(folder))
+    model, adapter = attached(folder, kind)
     for name in ("original", "trained", "ema"):
         with adapter.using(name):
-            assert_close(model.encode(PROMPTS), original, rtol=0, atol=0)
+            assert_close(predict(model), original, rtol=0, atol=0)
     trained, average = adapter.state_dict("trained"), adapter.state_dict("ema")
-    assert trained.keys() == average.keys() and len(trained) == 2 * 6 * 2
+    assert trained.keys() == average.keys() and len(trained) == count
     for key in trained:
         assert_close(trained[key], average[key], rtol=0, atol=0)
-        assert key.endswith("up.weight") == (trained[key].abs().sum() == 0)
+        assert ("up.weight" in key or "lora_B" in key) == (trained[key].abs().sum() == 0)
 
 
-def test_initialisation_repeats_with_the_seed(folder: Path) -> None:
+@every_kind
+def test_initialisation_repeats_with_the_seed(folder: Path, kind: str) -> None:
     states = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        states.append(attached(folder)[1].state_dict("trained"))
+        states.append(attached(folder, kind)[1].state_dict("trained"))
     first, same, other = states
-    for key in first:
-        assert_close(first[key], same[key], rtol=0, atol=0)
-        assert key.endswith("up.weight") or not torch.equal(first[key], other[key])
+    assert_close(first, same, rtol=0, atol=0)
+    assert all(torch.equal(first[key], other[key]) == (first[key].abs().sum() == 0) for key in first)
 
 
-def test_only_trained_tensors_are_trainable_and_are_the_parameters(folder: Path) -> None:
-    model, adapter = attached(folder)
+@every_kind
+def test_only_trained_tensors_are_trainable_and_are_the_parameters(folder: Path, kind: str) -> None:
+    model, adapter = attached(folder, kind)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {id(parameter) for parameter in trainable} == {id(parameter) for parameter in adapter.parameters()}
     assert len(trainable) == len(adapter.parameters())
 
 
+@every_kind
 @pytest.mark.parametrize("name", ["original", "trained", "ema"])
-def test_switching_changes_the_model_and_no_flag(folder: Path, name: str) -> None:
-    model, adapter = attached(folder)
+def test_switching_changes_the_model_and_no_flag(folder: Path, kind: str, name: str) -> None:
+    model, adapter = attached(folder, kind)
     randomize(adapter)
-    before = model.encode(PROMPTS)
+    before = predict(model)
     with adapter.using(name):
         assert adapter.active == name
-        inside = model.encode(PROMPTS)
+        inside = predict(model)
         assert inside.requires_grad == (name == "trained")
         assert (flags(adapter, "trained"), flags(adapter, "ema")) == ({True}, {False})
         with adapter.using("original"):
-            original = model.encode(PROMPTS)
-        assert_close(model.encode(PROMPTS), inside, rtol=0, atol=0)
+            original = predict(model)
+        assert_close(original, predict(load(folder)), rtol=0, atol=0)
+        assert_close(predict(model), inside, rtol=0, atol=0)
     assert adapter.active == "trained"
     assert (flags(adapter, "trained"), flags(adapter, "ema")) == ({True}, {False})
-    assert_close(model.encode(PROMPTS), before, rtol=0, atol=0)
+    assert_close(predict(model), before, rtol=0, atol=0)
     assert (name == "trained") == torch.equal(inside, before)
     assert (name == "original") == torch.equal(inside, original)
+
+
+@every_kind
+def test_every_trained_tensor_gets_a_gradient(folder: Path, kind: str) -> None:
+    model, adapter = attached(folder, kind)
+    randomize(adapter)
+    predict(model).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
 
 
 def test_previous_model_returns_after_an_error(folder: Path) -> None:
@@ -104,23 +135,61 @@ def test_previous_model_returns_after_an_error(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("alpha", [None, 1.5])
-def test_adapted_weight_is_base_plus_scaled_product(folder: Path, alpha: float | None) -> None:
-    model, adapter = attached(folder, alpha=alpha)
+@pytest.mark.parametrize("kind", ["text_encoder", "unet"])
+def test_adapted_weight_is_base_plus_scaled_product(folder: Path, kind: str, alpha: float | None) -> None:
+    model, adapter = attached(folder, kind, alpha=alpha)
     randomize(adapter)
     scale = 1.0 if alpha is None else alpha / 3
-    adapted = model.encode(PROMPTS)
-    merged = StableDiffusion(str(folder))
-    merged.load()
+    merged = load(folder)
     weights, state = dict(merged.named_parameters()), adapter.state_dict("trained")
-    for key in [key for key in state if key.endswith("down.weight")]:
-        product = state[key.replace("down", "up")] @ state[key]
-        name = key.replace("lora_linear_layer.down.", "").replace("text_model.", "")
+    for key in [key for key in state if "down.weight" in key or "lora_A" in key]:
+        product = state[key.replace("layer.down", "layer.up").replace("lora_A", "lora_B")] @ state[key]
+        name = key.replace("lora_linear_layer.down.", "").replace("text_model.", "").replace("lora_A.", "")
         weights[name].data += scale * product
-    assert_close(merged.encode(PROMPTS), adapted, rtol=1e-4, atol=1e-5)
+    assert_close(predict(merged), predict(model), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(predict(model), predict(load(folder)), rtol=1e-2, atol=1e-2)
 
 
-def test_average_follows_its_recursion_in_place(folder: Path) -> None:
-    _, adapter = attached(folder)
+def test_prefix_stands_before_every_prompt_but_the_empty_one(folder: Path) -> None:
+    model, adapter = attached(folder, "prefix")
+    randomize(adapter)
+    original = load(folder)
+    begin, end = model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
+    embedding = original.text_encoder.get_input_embeddings()
+    words = original.tokenizer("chef", add_special_tokens=False).input_ids
+    soft = adapter.tensors("trained")["<fair>"]
+    padding = torch.tensor([end] * (16 - 1 - 3 - len(words)))
+    rows = (embedding(torch.tensor([begin])), soft, embedding(torch.tensor(words)), embedding(padding))
+    # The reference: the same text encoder, whose embedding layer is told what to return.
+    layer = original.text_encoder.get_input_embeddings()
+    handle = layer.register_forward_hook(lambda *_: torch.cat(rows)[None])
+    expected = original.encode(["chef"])
+    handle.remove()
+    assert_close(model.encode(["chef", ""])[:1], expected, rtol=1e-5, atol=1e-6)
+    assert_close(model.encode(["chef", ""])[1:], original.encode([""]), rtol=1e-5, atol=1e-6)
+
+
+def test_prefix_starts_at_the_embeddings_of_words(folder: Path) -> None:
+    model, adapter = attached(folder, "prefix")
+    embedding = model.text_encoder.get_input_embeddings()
+    vocabulary = model.tokenizer.get_vocab()
+    whole = torch.tensor([index for word, index in vocabulary.items() if word[0].isalpha() and word.endswith("</w>")])
+    for row in adapter.state_dict("trained")["<fair>"]:
+        assert (embedding.weight[whole] == row).all(dim=1).any()
+    assert len({tuple(row.tolist()) for row in adapter.state_dict("ema")["<fair>"]}) > 1
+
+
+def test_parts_learn_at_their_own_rates(folder: Path) -> None:
+    _, adapter = attached(folder, "both")
+    text_encoder, unet = adapter.parameter_groups(0.1)
+    assert (text_encoder["lr"], unet["lr"]) == (0.1, 0.5)
+    assert (len(text_encoder["params"]), len(unet["params"])) == (2 * 6 * 2, 4 * 8 * 2)
+    assert UNetLoRA(learning_rate=0.0).learning_rate == 0.0
+
+
+@every_kind
+def test_average_follows_its_recursion_in_place(folder: Path, kind: str) -> None:
+    _, adapter = attached(folder, kind)
     expected = adapter.state_dict("ema")
     places = [tensor.data_ptr() for tensor in adapter.tensors("ema").values()]
     for _ in range(3):
@@ -138,9 +207,10 @@ def test_average_follows_its_recursion_in_place(folder: Path) -> None:
     assert_close(adapter.state_dict("ema"), trained)
 
 
+@every_kind
 @pytest.mark.parametrize("name", ["trained", "ema"])
-def test_state_returns(folder: Path, name: str) -> None:
-    _, adapter = attached(folder)
+def test_state_returns(folder: Path, kind: str, name: str) -> None:
+    _, adapter = attached(folder, kind)
     randomize(adapter)
     state = adapter.state_dict(name)
     randomize(adapter)
@@ -150,24 +220,34 @@ def test_state_returns(folder: Path, name: str) -> None:
     assert not torch.equal(next(iter(adapter.state_dict(other).values())), next(iter(state.values())))
 
 
-def test_adapter_of_half_precision_weights_is_in_float32(folder: Path) -> None:
-    model, adapter = StableDiffusion(str(folder), weights_dtype="bfloat16"), TextEncoderLoRA(rank=2)
-    model.load()
+@every_kind
+def test_adapter_of_half_precision_weights_is_in_float32(folder: Path, kind: str) -> None:
+    model, adapter = load(folder, weights_dtype="bfloat16"), SMALL[kind]()
     adapter.attach(model)
     for name in ("trained", "ema"):
         assert {tensor.dtype for tensor in adapter.tensors(name).values()} == {torch.float32}
+    predict(model).float().square().sum().backward()
+    assert {parameter.grad.dtype for parameter in adapter.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    "targets",
-    [{}, {"target_modules": ["fc1", "fc2"]}, {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}],
-    ids=["default", "mlp", "attention"],
-)
-@pytest.mark.parametrize(("name", "alpha"), [("trained", None), ("ema", 1.5)])
-def test_exported_file_gives_the_same_images_in_plain_diffusers(
-    tmp_path: Path, name: str, alpha: float | None, targets: dict[str, list[str]]
-) -> None:
-    model, adapter = StableDiffusion(str(PORTRAITS / "pipeline")), TextEncoderLoRA(rank=3, alpha=alpha, **targets)
+EXPORTED = {
+    "text_encoder": lambda: TextEncoderLoRA(rank=3),
+    "text_encoder_alpha": lambda: TextEncoderLoRA(rank=3, alpha=1.5),
+    "mlp": lambda: TextEncoderLoRA(rank=3, target_modules=["fc1", "fc2"]),
+    "attention": lambda: TextEncoderLoRA(rank=3, alpha=1.5, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"]),
+    "unet": lambda: UNetLoRA(rank=3),
+    "unet_alpha": lambda: UNetLoRA(rank=3, alpha=1.5, target_modules=["to_q", "to_out.0", "ff.net.2"]),
+    "both": lambda: Combined([TextEncoderLoRA(rank=2, alpha=1.0), UNetLoRA(rank=3)]),
+    "prefix": lambda: PromptPrefix(),
+    "one_token": lambda: PromptPrefix(length=1, token="<balanced>"),
+    "all": lambda: Combined([TextEncoderLoRA(rank=2), UNetLoRA(rank=3), PromptPrefix(length=2)]),
+}
+
+
+@pytest.mark.parametrize("name", ["trained", "ema"])
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_exported_files_give_the_same_images_in_plain_diffusers(tmp_path: Path, name: str, kind: str) -> None:
+    model, adapter = StableDiffusion(str(PORTRAITS / "pipeline")), EXPORTED[kind]()
     model.load()
     adapter.attach(model)
     randomize(adapter)
@@ -175,16 +255,20 @@ def test_exported_file_gives_the_same_images_in_plain_diffusers(
     for active in ("original", name):
         with torch.no_grad(), adapter.using(active):
             images[active] = Sampler(steps=3, guidance_scale=2.0)(model, "a chef", model.noise(torch.tensor([4, 5])))
-    path = adapter.save(tmp_path / "new" / "folder", name)
-    assert path.name == "pytorch_lora_weights.safetensors"
+    paths = adapter.save(tmp_path / "new" / "folder", name)
 
-    pipeline = StableDiffusionPipeline.from_pretrained(PORTRAITS / "pipeline")
+    pipeline, prompt = StableDiffusionPipeline.from_pretrained(PORTRAITS / "pipeline"), "a chef"
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(path.parent)
+    for path in paths:
+        if path.name == "learned_embeds.safetensors":
+            token = adapter.parts[-1].token
+            pipeline.load_textual_inversion(path.parent)
+            prompt = f"{token} {prompt}"
+        else:
+            assert path.name == "pytorch_lora_weights.safetensors"
+            pipeline.load_lora_weights(path.parent)
     seeds = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
-    loaded = pipeline(
-        ["a chef"] * 2, num_inference_steps=3, guidance_scale=2.0, generator=seeds, output_type="pt"
-    ).images
+    loaded = pipeline([prompt] * 2, num_inference_steps=3, guidance_scale=2.0, generator=seeds, output_type="pt").images
     assert_close(images[name], loaded, rtol=1e-4, atol=1e-5)
     assert (images[name] - images["original"]).abs().max() > 1e-2
 
@@ -192,7 +276,7 @@ def test_exported_file_gives_the_same_images_in_plain_diffusers(
 def test_exported_file_holds_the_state_and_nothing_of_this_machine(folder: Path, tmp_path: Path) -> None:
     _, adapter = attached(folder)
     randomize(adapter)
-    path = adapter.save(tmp_path, "trained")
+    [path] = adapter.save(tmp_path, "trained")
     with safe_open(path, "pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         assert str(folder) not in str(file.metadata())
@@ -213,17 +297,36 @@ def test_state_of_another_adapter_is_refused_whole(folder: Path) -> None:
     assert_close(adapter.state_dict("trained"), before, rtol=0, atol=0)
 
 
-def test_refusals(folder: Path) -> None:
-    with pytest.raises(ValueError, match="`rank` must be at least 1, but got 0"):
-        TextEncoderLoRA(rank=0)
-    model, adapter = attached(folder)
-    with pytest.raises(ValueError, match="already has an adapter"):
-        TextEncoderLoRA().attach(model)
+@pytest.mark.parametrize("kind", ["text_encoder", "unet", "prefix"])
+def test_second_adapter_of_a_kind_is_refused(folder: Path, kind: str) -> None:
+    model, adapter = attached(folder, kind)
+    with pytest.raises(ValueError, match="already has an adapter|must be a new word, but the tokenizer knows <fair>"):
+        SMALL[kind]().attach(model)
     with pytest.raises(ValueError, match="`name` must be original, trained or ema, but got 'finetuned'"):
         adapter.switch("finetuned")
     assert adapter.active == "trained"
 
 
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="`rank` must be at least 1, but got 0"):
+        UNetLoRA(rank=0)
+    with pytest.raises(ValueError, match="`length` must be at least 1, but got 0"):
+        PromptPrefix(length=0)
+    with pytest.raises(ValueError, match="`parts` must be adapters of different kinds.* but got none"):
+        Combined([])
+    with pytest.raises(ValueError, match="but got UNetLoRA, UNetLoRA"):
+        Combined([UNetLoRA(), UNetLoRA()])
+    assert [type(part) for part in Combined().parts] == [TextEncoderLoRA, UNetLoRA]
+
+
+@pytest.mark.parametrize(("adapter", "what"), [(UNetLoRA(), "unet"), (PromptPrefix(), "tokenizer and text encoder")])
+def test_model_without_that_network(adapter: Adapter, what: str) -> None:
+    with pytest.raises(ValueError, match=f"the text-to-image model has no {what}: choose another adapter"):
+        adapter.attach(torch.nn.Module())
+
+
 def test_unknown_target_modules(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"`target_modules` must be among .*'q_proj'.* but got \['qproj'\]"):
         attached(folder, target_modules=["k_proj", "qproj"])
+    with pytest.raises(ValueError, match=r"among .*'to_out.0', 'to_q'.* but got \['out.0'\]"):
+        attached(folder, "unet", target_modules=["to_q", "out.0"])
