@@ -1,69 +1,146 @@
-"""What fairness is measured on: an attribute, its classes and the distribution that is wanted of it.
+"""What fairness is measured on: attributes, their classes and the distribution that is wanted of them.
 
 An attribute is *perceived*: a classifier's reading of a picture (gender presentation, skin tone or perceived
 race, apparent age), never a fact about a person. Its classes are the classifier's own; D, the target
 distribution over them, is the user's.
+
+Several attributes are aligned jointly, over the product of their classes: D has one share for "woman, dark,
+old". Such a product is named like a product, "gender×race×age", wherever one attribute could be.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor
 
-Target = str | dict[str, float] | list[float]
+TIMES = "×"
+Shares = str | list[float] | dict[str, float]
+Target = Shares | dict[str, Shares]
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute to align, with the settings that the losses take from it.
+    """What to align, one attribute or several jointly, with the settings that the losses take from it.
+
+    A number may be given for each attribute by name, such as `factor1: {gender: 0.2, race: 0.6}`.
 
     Args:
-        name: head of the classifier that reads it, such as gender, race or age.
-        target: D, as "uniform", as one number a class in the classifier's order, or by class name.
+        name: head of the classifier that reads it, such as gender, race or age; several for their product.
+        target: D, as "uniform", as one number a class in the classifier's order, or by class name. Of several
+            attributes: each one's own by its name, where those left out are uniform and all are independent, or
+            the whole table, such as {"woman, old": 0.1, "woman, young": 0.4, "man, young": 0.5}.
+        targets: other targets than that, by prompt, subject or concept, the most particular first.
         confidence: C, the confidence that a dynamic target must reach to be used, in [0, 1]; a draw between
             classes is never used.
         factor1: weight of the image-semantics loss where the target differs from the original image's class
-            or there is no target, in [0, 1] (paper: gender 0.2, race 0.6, age 0.6).
+            or there is no target, in [0, 1] (paper: gender 0.2, race 0.6, age 0.6; of several, the smallest).
         factor2: scale of that loss's gradient inside the face region in the same cases, in [0, 1]
-            (paper: gender 0.2, race 0.3, age 0.3).
+            (paper: gender 0.2, race 0.3, age 0.3; likewise).
+        rescale_cost: whether the transport sees each probability relative to its target share, so that an
+            unequal target does not dominate the joint cost; see `fairness_dft.transport.relative_to_target`.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, or a name is none or not one of the attributes.
     """
 
-    name: str = "gender"
+    name: str | list[str] = "gender"
     target: Target = "uniform"
-    confidence: float = 0.8
-    factor1: float = 0.2
-    factor2: float = 0.2
+    targets: dict[str, Target] = field(default_factory=dict)
+    confidence: float | dict[str, float] = 0.8
+    factor1: float | dict[str, float] = 0.2
+    factor2: float | dict[str, float] = 0.2
+    rescale_cost: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("confidence", "factor1", "factor2"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"attribute.{field} must be between 0 and 1, but got {getattr(self, field)}")
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"attribute.name must be one attribute or several different ones, but got {self.name}")
+        for setting in ("confidence", "factor1", "factor2"):
+            value = getattr(self, setting)
+            for name, number in value.items() if isinstance(value, Mapping) else [("", value)]:
+                if name and name not in self.names:
+                    raise ValueError(f"attribute.{setting} names {name}, but aligned is {', '.join(self.names)}")
+                if not 0 <= number <= 1:
+                    of = f" of {name}" if name else ""
+                    raise ValueError(f"attribute.{setting}{of} must be between 0 and 1, but got {number}")
+            if isinstance(value, Mapping) and (missing := [name for name in self.names if name not in value]):
+                raise ValueError(f"attribute.{setting} must name every attribute, but lacks {', '.join(missing)}")
 
-    def distribution(self, classes: Sequence[str]) -> Tensor:
-        """The target distribution D in the order of the classifier's classes, float64 with shape (K,).
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The attributes that are aligned jointly."""
+        return factors(self.name) if isinstance(self.name, str) else tuple(self.name)
+
+    @property
+    def label(self) -> str:
+        """Their product's name."""
+        return TIMES.join(self.names)
+
+    def setting(self, setting: str, name: str) -> float:
+        """One attribute's `confidence`, `factor1` or `factor2`."""
+        value = getattr(self, setting)
+        return value[name] if isinstance(value, Mapping) else value
+
+    def distributions(self, classes: Mapping[str, Sequence[str]]) -> dict[str | None, Tensor]:
+        """The target distributions D over the classifier's classes, in its order.
+
+        Args:
+            classes: the class names of each attribute.
+
+        Returns:
+            `target` by None and each of `targets` by its key, float64 with one dimension an attribute.
 
         Raises:
-            ValueError: if the target does not fit the classes, is negative or does not sum to one.
+            ValueError: if a target does not fit the classes, is negative or does not sum to one.
         """
-        where = f"attribute.target of {self.name!r}"
-        if self.target == "uniform":
-            return torch.full((len(classes),), 1 / len(classes), dtype=torch.float64)
-        if isinstance(self.target, str):
-            raise ValueError(f"{where} must be 'uniform', numbers or class names with numbers, but got {self.target!r}")
-        if isinstance(self.target, Mapping):
-            unknown = sorted(set(self.target) - set(classes))
-            if unknown:
-                raise ValueError(f"{where} names {', '.join(unknown)}, but the classifier has {', '.join(classes)}")
-            shares = [float(self.target.get(name, 0.0)) for name in classes]
+        wanted = {None: self.target, **self.targets}
+        classes = {name: tuple(classes[name]) for name in self.names}
+        return {key: self._distribution(key, target, classes) for key, target in wanted.items()}
+
+    def _distribution(self, key: str | None, target: Target, classes: dict[str, tuple[str, ...]]) -> Tensor:
+        where = f"attribute.target of {self.label!r}" if key is None else f"attribute.targets of {key!r}"
+        if isinstance(target, Mapping) and target and set(target) <= set(classes):
+            parts = [(f"{where}, {name}", target.get(name, "uniform"), classes[name]) for name in classes]
+        elif target == "uniform":
+            parts = [(where, target, names) for names in classes.values()]
         else:
-            shares = [float(share) for share in self.target]
-        if len(shares) != len(classes):
-            raise ValueError(f"{where} has {len(shares)} numbers, but the classifier has {', '.join(classes)}")
-        if min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-            raise ValueError(f"{where} must be non-negative and sum to one, but got {shares}")
-        return torch.tensor(shares, dtype=torch.float64)
+            table = [", ".join(names) for names in product(*classes.values())]
+            return shares(where, target, table).reshape([len(names) for names in classes.values()])
+        joint = torch.ones((), dtype=torch.float64)
+        for part in parts:
+            joint = joint[..., None] * shares(*part)
+        return joint
+
+
+def shares(where: str, target: Shares, classes: Sequence[str]) -> Tensor:
+    """One distribution over named classes, float64 with shape (K,).
+
+    Args:
+        where: which setting it is, for messages.
+        target: "uniform", numbers in the order of the classes, or numbers by class name.
+        classes: the names of the K classes.
+
+    Raises:
+        ValueError: if the target does not fit the classes, is negative or does not sum to one.
+    """
+    if target == "uniform":
+        return torch.full((len(classes),), 1 / len(classes), dtype=torch.float64)
+    if isinstance(target, str):
+        raise ValueError(f"{where} must be 'uniform', numbers or class names with numbers, but got {target!r}")
+    if isinstance(target, Mapping):
+        unknown = sorted(set(target) - set(classes))
+        if unknown:
+            raise ValueError(f"{where} names {', '.join(unknown)}, but the classifier has {'; '.join(classes)}")
+        target = [target.get(name, 0.0) for name in classes]
+    if len(target) != len(classes) or not all(isinstance(share, int | float) for share in target):
+        raise ValueError(f"{where} must be {len(classes)} numbers, for {'; '.join(classes)}, but got {target}")
+    if not min(target) >= 0 or not math.isclose(sum(target), 1, abs_tol=1e-6):
+        raise ValueError(f"{where} must be non-negative and sum to one, but got {target}")
+    return torch.tensor(target, dtype=torch.float64)
+
+
+def factors(label: str) -> tuple[str, ...]:
+    """The attributes of a product: gender and race of "gender×race", gender alone of "gender"."""
+    return tuple(label.split(TIMES))

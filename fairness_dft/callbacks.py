@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from fairness_dft.attributes import TIMES, Attribute
 from fairness_dft.classifiers import Judge
 from fairness_dft.features import Clip
 from fairness_dft.metrics import BiasSummary, FairnessMetric
@@ -102,8 +103,8 @@ class BiasMonitor(EvaluationCallback):
     """Bias and class frequencies of each model, by the training judge and by one that training never saw.
 
     Args:
-        attributes: which attributes are watched besides the aligned one; those that a judge does not read are
-            left out.
+        attributes: which attributes, or products such as gender×race, are watched besides the aligned ones; those
+            that a judge does not read are left out.
         independent_judge: a face finder and classifier trained apart from those that training learns from.
 
     Attributes:
@@ -112,7 +113,7 @@ class BiasMonitor(EvaluationCallback):
 
     def __init__(
         self,
-        attributes: tuple[str, ...] = ("gender", "race", "age"),
+        attributes: tuple[str, ...] = ("gender", "race", "age", "gender×race"),
         independent_judge: Judge | None = None,
     ) -> None:
         self.attributes = attributes
@@ -135,9 +136,10 @@ class BiasMonitor(EvaluationCallback):
         if self.independent_judge is not None:
             yield INDEPENDENT, self.independent_judge.to(module.device)
 
-    def read_by(self, judge: Judge, aligned: str) -> list[str]:
-        """The watched attributes that a judge reads, the aligned one first."""
-        return [name for name in dict.fromkeys((aligned, *self.attributes)) if name in judge.classifier.heads]
+    def read_by(self, judge: Judge, aligned: Attribute) -> list[str]:
+        """The watched attributes that a judge reads, the aligned ones first."""
+        watched = dict.fromkeys((aligned.label, *aligned.names, *self.attributes))
+        return [name for name in watched if judge.reads(name)]
 
     @override
     def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
@@ -151,7 +153,7 @@ class BiasMonitor(EvaluationCallback):
         for judge_name, judge in self.judges(module):
             for model, pictures in images.items():
                 verdict = judge(pictures)
-                for attribute in self.read_by(judge, module.attribute.name):
+                for attribute in self.read_by(judge, module.attribute):
                     metric = self.metric((judge_name, attribute, model), judge).to(module.device)
                     metric.update(batch.index, verdict.classes(attribute), verdict.face)
 
@@ -166,13 +168,14 @@ class BiasMonitor(EvaluationCallback):
         self.summaries = {key: metric.compute() for key, metric in self.metrics.items()}
         prefix = "" if stage == "validation" else "test_"
         for (judge, attribute, model), summary in self.summaries.items():
-            group = f"{prefix}bias_{attribute}"
+            tag = attribute.replace(TIMES, "_")
+            group = f"{prefix}bias_{tag}"
             if judge == TRAINING:
-                aligned = attribute == module.attribute.name and model == "ema" and stage == "validation"
+                aligned = attribute == module.attribute.label and model == "ema" and stage == "validation"
                 module.log(f"{group}/{model}", summary.bias, prog_bar=aligned, sync_dist=True)
                 module.log(f"{group}/floor", summary.floor, sync_dist=True)
                 for name, share in zip(summary.classes, summary.frequencies, strict=True):
-                    module.log(f"{prefix}frequency_{attribute}/{name}_{model}", share, sync_dist=True)
+                    module.log(f"{prefix}frequency_{tag}/{name}_{model}", share, sync_dist=True)
                 without = summary.without_face / max(summary.images, 1)
                 module.log(f"{prefix}faces/without_face_{model}", without, sync_dist=True)
             else:
@@ -281,8 +284,8 @@ class ImageGrid(EvaluationCallback):
         for model in ("original", "ema"):
             pictures = images[model][: self.images]
             verdict = module.judge(pictures)
-            classes = verdict.classes(module.attribute.name)
-            row.sides[model] = GridSide(pictures.float().cpu(), classes.cpu(), verdict.face.cpu())
+            classes = [verdict.classes(name).cpu() for name in module.attribute.names]
+            row.sides[model] = GridSide(pictures.float().cpu(), torch.stack(classes, 1), verdict.face.cpu())
         self.rows.append(row)
 
     @override
@@ -290,8 +293,7 @@ class ImageGrid(EvaluationCallback):
         log_dir = trainer.log_dir  # a broadcast: every rank must ask
         if not trainer.is_global_zero or not self.rows:
             return
-        attribute = module.attribute.name
-        grid = comparison_grid(self.rows, attribute, module.judge.classes(attribute))
+        grid = comparison_grid(self.rows, {name: module.judge.classes(name) for name in module.attribute.names})
         if log_dir is not None and stage == "test":
             self.file = Path(log_dir, "before_after.png")
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -353,11 +355,14 @@ class StepBar(TQDMProgressBar):
     """
 
     short = {"loss/total": "loss", "batch/bias": "bias", "batch/floor": "floor", "speed/images_per_second": "images/s"}
+    short |= {"skipped/steps": "skipped"}
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
+        if not metrics.get("skipped/steps"):
+            metrics.pop("skipped/steps", None)
         return {self.short.get(name, name): value for name, value in metrics.items()}
 
     @override

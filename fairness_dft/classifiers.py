@@ -8,12 +8,14 @@ is one, named by `attribute`.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import final, override
 
+from fairness_dft.attributes import factors
 from fairness_dft.faces import FaceFinder, Faces, WholeFrame, whole_frame_boxes
 from fairness_dft.loading import quiet, resolve
 from fairness_dft.preprocessing import Preprocessing
@@ -40,8 +42,11 @@ class Verdict:
         return self.logits[attribute].softmax(-1)
 
     def classes(self, attribute: str) -> Tensor:
-        """The most probable class of one attribute, int64 with shape (N,)."""
-        return self.logits[attribute].argmax(-1)
+        """The most probable class, int64 with shape (N,), of one attribute or of a product, as in `Judge.classes`."""
+        index = torch.zeros_like(self.face, dtype=torch.long)
+        for name in factors(attribute):
+            index = index * self.logits[name].shape[-1] + self.logits[name].argmax(-1)
+        return index
 
 
 class AttributeClassifier(nn.Module, ABC):
@@ -116,7 +121,7 @@ class ImageClassifier(AttributeClassifier):
 
     @override
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        logits = self.network(self.preprocessing(images)).logits
+        logits = self.network(self.preprocessing(images)).logits.to(images.dtype)
         return {head: logits[:, list(columns.values())] for head, columns in self.columns.items()}
 
 
@@ -210,18 +215,24 @@ class Judge(nn.Module):
             self.faces.classifier = self.classifier
         self.faces.load()
 
+    def reads(self, attribute: str) -> bool:
+        """Whether the classifier has a head for an attribute, or for each one of a product."""
+        return all(name in self.classifier.heads for name in factors(attribute))
+
     def classes(self, attribute: str) -> tuple[str, ...]:
-        """Class names of one attribute.
+        """Class names of one attribute, or of a product: "woman, dark" for gender×race.
 
         Raises:
             ValueError: if the classifier does not read it.
         """
-        if attribute not in self.classifier.heads:
-            raise ValueError(
-                f"the classifier does not read {attribute!r}, only {', '.join(self.classifier.heads)}: "
-                "choose one of these, or a classifier with that head"
-            )
-        return self.classifier.heads[attribute]
+        for name in factors(attribute):
+            if name not in self.classifier.heads:
+                raise ValueError(
+                    f"the classifier does not read {name!r}, only {', '.join(self.classifier.heads)}: "
+                    "choose one of these, or a classifier with that head"
+                )
+        heads = [self.classifier.heads[name] for name in factors(attribute)]
+        return tuple(", ".join(names) for names in product(*heads))
 
     def forward(self, images: Tensor) -> Verdict:
         """Judge images with shape (N, 3, H, W), in [0, 1]; differentiable in the logits."""

@@ -33,7 +33,7 @@ from fairness_dft.callbacks import (
 )
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompts import PromptModule
-from fairness_dft.stop import GracefulStop
+from fairness_dft.stop import FiniteSteps, GracefulStop
 
 MONITORS = {
     "adapter_average": AdapterAverage,
@@ -42,6 +42,7 @@ MONITORS = {
     "image_grid": ImageGrid,
     "adapter_checkpoint": AdapterCheckpoint,
     "throughput": Throughput,
+    "finite_steps": FiniteSteps,
 }
 # How the parser words its messages: what is about its search alone, and the types that it tried.
 SEARCH = re.compile(

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from lightning.pytorch.cli import ArgsType
 
+from fairness_dft.attributes import Attribute
 from fairness_dft.callbacks import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.cli import FairnessCLI, run_main
+from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_files import SPLITS, normalise
 from fairness_dft.prompts import PromptModule
 from fairness_dft.report import print_results, results, write_json
@@ -28,6 +30,7 @@ def main(args: ArgsType = None) -> None:
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     unused = {"validation": trainer.limit_val_batches == 0, "test": trainer.limit_test_batches == 0}
     data.check([split for split in SPLITS if not unused.get(split)], trainer.world_size)
+    check_targets(module.attribute, data, [split for split in SPLITS if not unused.get(split)])
     seen = [] if unused["test"] else tested_and_trained(data)
     if seen and trainer.is_global_zero:
         print(f"warning: {len(seen)} test prompts are also trained on, such as {seen[0]!r}: {SEEN}", file=sys.stderr)
@@ -44,7 +47,6 @@ def main(args: ArgsType = None) -> None:
     log_dir = trainer.log_dir  # a broadcast: every rank must ask
     if not trainer.is_global_zero or log_dir is None:
         return
-    target = dict(zip(module.judge.classes(module.attribute.name), module.target.tolist(), strict=True))
     run = {
         "steps": trainer.global_step,
         "training_seconds": round(trained - started, 1),
@@ -52,16 +54,45 @@ def main(args: ArgsType = None) -> None:
         "images_per_prompt": data.images_per_prompt,
         "test_prompts": [prompt.text for prompt in data.prompts("test")],
         "test_prompts_trained_on": seen,
+        "other_targets": list(module.attribute.targets),
         "machine": platform.platform(),
         "versions": {name: version(name) for name in PACKAGES},
     }
-    content = results(module.attribute.name, target, find[BiasMonitor].summaries, find[QualityMonitor].values, run)
+    content = results(
+        module.attribute.names, targets(module), find[BiasMonitor].summaries, find[QualityMonitor].values, run
+    )
     folder = Path(log_dir)
     write_json(folder / "results.json", content)
     print_results(content)
     print(f"Picture: {find[ImageGrid].file}\nResults: {folder / 'results.json'}")
     if trainer.loggers:
         print(f"Curves:  tensorboard --logdir {folder.parent}")
+
+
+def check_targets(attribute: Attribute, data: PromptModule, splits: list[str]) -> None:
+    """Refuse a target for what no prompt is about.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    known = {key for split in splits for prompt in data.prompts(split) for key in prompt}
+    if unknown := [key for key in attribute.targets if key not in known]:
+        concepts = ", ".join(sorted({prompt.concept for split in splits for prompt in data.prompts(split)}))
+        raise ValueError(
+            f"--model.attribute.targets: {unknown[0]!r} is no prompt, subject or concept of the prompts; "
+            f"their concepts are {concepts}"
+        )
+
+
+def targets(module: FairFinetuning) -> dict[str, dict[str, float]]:
+    """The target distribution by class name, of each attribute and of their product."""
+    joint = module.distributions[None]
+    marginals = {
+        name: joint.sum([other for other in range(joint.ndim) if other != axis]) if joint.ndim > 1 else joint
+        for axis, name in enumerate(module.attribute.names)
+    }
+    tables = {**marginals, module.attribute.label: joint.flatten()}
+    return {name: dict(zip(module.judge.classes(name), table.tolist(), strict=True)) for name, table in tables.items()}
 
 
 def tested_and_trained(data: PromptModule) -> list[str]:

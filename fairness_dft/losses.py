@@ -4,14 +4,16 @@
     L_img   = mean of λ_i [(1 − cos(CLIP(x_i), CLIP(o_i))) + (1 − cos(DINO(x_i), DINO(o_i)))]
 
 x_i are the generated `images`, o_i the frozen model's images from the same noise, h(x_i) the classifier's
-`logits`, y_i the dynamic `targets`. λ_i is 1 where x_i need not change class, else `factor1`; the gradient
-that reaches the face region of x_i through L_img is scaled by `factor2` in the same cases.
+`logits`, y_i the dynamic `targets`. λ_i (`weights`) is 1 where x_i need not change class, else factor1; the
+gradient that reaches the face region of x_i through L_img is scaled by factor2 in the same cases. Of several
+attributes the smallest factor that applies is taken, and L_align is the sum of theirs.
 
 References:
     Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), sections 4.1 and 4.3,
     https://arxiv.org/abs/2311.07604
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +25,7 @@ from fairness_dft.gradients import scale_gradient
 
 @dataclass(frozen=True)
 class Alignment:
-    """The dynamic targets of this rank's images.
+    """The dynamic targets of this rank's images for one attribute.
 
     Attributes:
         targets: y, the class that an image should become, int64 with shape (N,); any value where not
@@ -72,31 +74,42 @@ def must_change(alignment: Alignment, original_classes: Tensor, both_faces: Tens
     return both_faces & ~(alignment.chosen & (alignment.targets == original_classes))
 
 
-def semantics_loss(similarities: list[Tensor], changing: Tensor, factor1: float) -> Tensor:
+def dynamic_weights(changing: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """The smallest factor of an attribute in which the image is to change, or 1.
+
+    Args:
+        changing: see `must_change`, for each attribute bool with shape (N,).
+        factors: factor1, or factor2, of each attribute, in [0, 1].
+
+    Returns:
+        Float with shape (N,), in [0, 1].
+    """
+    weights = [torch.where(mask, factor, 1.0) for mask, factor in zip(changing, factors, strict=True)]
+    return torch.stack(weights).amin(0)
+
+
+def semantics_loss(similarities: list[Tensor], weights: Tensor) -> Tensor:
     """L_img, the image-semantics loss with its dynamic weights.
 
     Args:
         similarities: for each feature network the cosines of x_i and o_i, each with shape (N,).
-        changing: see `must_change`, bool with shape (N,).
-        factor1: λ where the image is to change, in [0, 1]; elsewhere λ is 1.
+        weights: λ_i, with shape (N,), in [0, 1].
 
     Returns:
         A scalar, not negative.
     """
-    weights = torch.where(changing, factor1, 1.0)
     distances = sum((1 - cosine for cosine in similarities), torch.zeros_like(weights))
     return (weights * distances).mean()
 
 
-def scale_face_gradient(images: Tensor, boxes: Tensor, other_boxes: Tensor, changing: Tensor, factor2: float) -> Tensor:
-    """Images unchanged; the gradient inside the face region of changing images is scaled.
+def scale_face_gradient(images: Tensor, boxes: Tensor, other_boxes: Tensor, scales: Tensor) -> Tensor:
+    """Images unchanged; the gradient inside the face region is scaled.
 
     Args:
         images: x, with shape (N, 3, H, W).
         boxes: face boxes of x (left, top, right, bottom in pixels), with shape (N, 4).
         other_boxes: face boxes of o, likewise; the face region is the intersection of both.
-        changing: see `must_change`, bool with shape (N,).
-        factor2: the scale, in [0, 1].
+        scales: the scale of each image, with shape (N,), in [0, 1].
     """
     left, top = torch.maximum(boxes[:, :2], other_boxes[:, :2]).unbind(1)
     right, bottom = torch.minimum(boxes[:, 2:], other_boxes[:, 2:]).unbind(1)
@@ -104,5 +117,5 @@ def scale_face_gradient(images: Tensor, boxes: Tensor, other_boxes: Tensor, chan
     columns = torch.arange(images.shape[3], device=images.device) + 0.5
     inside_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
     inside_columns = (columns >= left[:, None]) & (columns < right[:, None])
-    region = inside_rows[:, None, :, None] & inside_columns[:, None, None, :] & changing[:, None, None, None]
-    return scale_gradient(images, torch.where(region, factor2, 1.0))
+    region = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+    return scale_gradient(images, torch.where(region, scales[:, None, None, None], 1.0))

@@ -24,11 +24,19 @@ from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import Judge, Verdict
 from fairness_dft.diffusion import TextToImage
 from fairness_dft.features import FeatureNet
-from fairness_dft.losses import Alignment, alignment_loss, must_change, scale_face_gradient, semantics_loss
+from fairness_dft.losses import (
+    Alignment,
+    alignment_loss,
+    dynamic_weights,
+    must_change,
+    scale_face_gradient,
+    semantics_loss,
+)
 from fairness_dft.metrics import class_bias, finite_sample_floor
+from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
 from fairness_dft.sampler import Sampler
-from fairness_dft.transport import expected_targets
+from fairness_dft.transport import expected_joint_targets
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -47,12 +55,12 @@ class Original:
 
 
 class FairFinetuning(LightningModule):
-    """Finetunes a text-to-image model so that one attribute follows its target distribution.
+    """Finetunes a text-to-image model so that perceived attributes follow their target distribution.
 
     Args:
         generator: the text-to-image model, frozen but for the adapter.
         judge: finds and classifies the faces that training learns from.
-        attribute: what is aligned, and to which distribution.
+        attribute: what is aligned, one attribute or several jointly, and to which distribution.
         adapter: what is trained; rank-50 LoRA in the text encoder by default.
         sampler: how training images are sampled, and the path of the gradient.
         evaluation_sampler: how images are sampled for validation and test; as in training by default.
@@ -105,7 +113,8 @@ class FairFinetuning(LightningModule):
             return
         self.generator.check()
         self.judge.load()
-        self.target = self.attribute.distribution(self.judge.classes(self.attribute.name))
+        classes = {name: self.judge.classes(name) for name in self.attribute.names}
+        self.distributions = self.attribute.distributions(classes)
         for network in self.features:
             network.load()
         self.generator.load()
@@ -141,27 +150,42 @@ class FairFinetuning(LightningModule):
         images = self.sampler(self.generator, batch.prompt.text, noise, steps, random)
 
         verdict = self.judge(images)
-        alignment = self.assign(verdict, random)
-        align = alignment_loss(verdict.logits[self.attribute.name], alignment, self.trainer.world_size)
-        semantics = self.image_semantics(images, verdict, original, alignment)
-        loss = align + self.semantics_weight * semantics
+        alignments = self.assign(verdict, self.target(batch.prompt), random)
+        align = {
+            name: alignment_loss(verdict.logits[name], alignment, self.trainer.world_size)
+            for name, alignment in alignments.items()
+        }
+        semantics = self.image_semantics(images, verdict, original, alignments)
+        loss = sum(align.values()) + self.semantics_weight * semantics
 
-        self.report_step(loss, align, semantics, verdict, alignment)
+        self.report_step(loss, align, semantics, verdict, alignments)
         return loss
 
+    def target(self, prompt: Prompt) -> Tensor:
+        """D for one prompt, with one dimension an attribute."""
+        keys = (prompt.text, prompt.subject, prompt.concept, None)
+        return next(self.distributions[key] for key in keys if key in self.distributions)
+
     def report_step(
-        self, loss: Tensor, align: Tensor, semantics: Tensor, verdict: Verdict, alignment: Alignment
+        self,
+        loss: Tensor,
+        align: dict[str, Tensor],
+        semantics: Tensor,
+        verdict: Verdict,
+        alignments: dict[str, Alignment],
     ) -> None:
         """Log a training step; what has no value, as the loss of no target or the bias of no face, is not logged."""
         values = {"loss/semantics": semantics, "faces/with_face": verdict.face.float().mean()}
-        values["faces/with_target"] = alignment.chosen.float().mean()
-        if alignment.total:
-            values["loss/alignment"] = align
+        for name, alignment in alignments.items():
+            suffix = f"_{name}" if len(alignments) > 1 else ""
+            values[f"faces/with_target{suffix}"] = alignment.chosen.float().mean()
+            if alignment.total:
+                values[f"loss/alignment{suffix}"] = align[name]
         self.log_dict(values, sync_dist=True)
         self.log("loss/total", loss, prog_bar=True, sync_dist=True)
-        classes = self.gather(verdict.classes(self.attribute.name))[self.gather(verdict.face)]
+        classes = self.gather(verdict.classes(self.attribute.label))[self.gather(verdict.face)]
         if len(classes):
-            counts = torch.bincount(classes, minlength=len(self.target))
+            counts = torch.bincount(classes, minlength=self.distributions[None].numel())
             self.log("batch/bias", class_bias(counts / len(classes)), prog_bar=True)
             self.log("batch/floor", float(finite_sample_floor(len(classes), len(counts))), prog_bar=True)
 
@@ -189,31 +213,44 @@ class FairFinetuning(LightningModule):
             self.originals[key] = original
         return original
 
-    def assign(self, verdict: Verdict, random: torch.Generator) -> Alignment:
-        """Optimal-transport targets of the global batch, and this rank's share of them."""
-        probabilities = self.gather(verdict.probabilities(self.attribute.name).detach())
+    def assign(self, verdict: Verdict, target: Tensor, random: torch.Generator) -> dict[str, Alignment]:
+        """Optimal-transport targets of the global batch for each attribute, and this rank's share of them."""
         face = self.gather(verdict.face)
-        found = expected_targets(probabilities[face], self.target, self.draws, generator=random)
-        targets = torch.zeros(len(face), dtype=torch.long, device=face.device)
-        chosen = torch.zeros_like(face)
-        targets[face] = found.classes
-        chosen[face] = found.decided(self.attribute.confidence)
+        names = self.attribute.names
+        probabilities = [self.gather(verdict.probabilities(name).detach())[face] for name in names]
+        found = expected_joint_targets(
+            probabilities, target, self.draws, generator=random, rescale_cost=self.attribute.rescale_cost
+        )
         here = slice(self.global_rank * len(verdict.face), (self.global_rank + 1) * len(verdict.face))
-        return Alignment(targets[here], chosen[here], int(chosen.sum()))
+        alignments = {}
+        for name, of_faces in zip(names, found, strict=True):
+            targets = torch.zeros(len(face), dtype=torch.long, device=face.device)
+            chosen = torch.zeros_like(face)
+            targets[face] = of_faces.classes
+            chosen[face] = of_faces.decided(self.attribute.setting("confidence", name))
+            alignments[name] = Alignment(targets[here], chosen[here], int(chosen.sum()))
+        return alignments
 
     def gather(self, values: Tensor) -> Tensor:
         """Rows of all ranks, rank after rank; every rank has the same number."""
         return self.all_gather(values).flatten(0, 1) if self.trainer.world_size > 1 else values
 
-    def image_semantics(self, images: Tensor, verdict: Verdict, original: Original, alignment: Alignment) -> Tensor:
+    def image_semantics(
+        self, images: Tensor, verdict: Verdict, original: Original, alignments: dict[str, Alignment]
+    ) -> Tensor:
         """L_img of this batch."""
         before = original.verdict
-        changing = must_change(alignment, before.classes(self.attribute.name), verdict.face & before.face)
-        images = scale_face_gradient(images, verdict.boxes, before.boxes, changing, self.attribute.factor2)
+        both_faces = verdict.face & before.face
+        changing = [must_change(chosen, before.classes(name), both_faces) for name, chosen in alignments.items()]
+        factor1, factor2 = (
+            dynamic_weights(changing, [self.attribute.setting(factor, name) for name in alignments])
+            for factor in ("factor1", "factor2")
+        )
+        images = scale_face_gradient(images, verdict.boxes, before.boxes, factor2)
         pairs = zip(self.features, original.features, strict=True)
         embed = self.sampler.in_chunks
         similarities = [(embed(network, images) * reference).sum(-1) for network, reference in pairs]
-        return semantics_loss(similarities, changing, self.attribute.factor1)
+        return semantics_loss(similarities, factor1)
 
     @override
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:

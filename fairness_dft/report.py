@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,8 @@ class GridSide:
 
     Attributes:
         images: with shape (n, 3, H, W), in [0, 1].
-        classes: the class of each image, int64 with shape (n,); any value where there is no `face`.
+        classes: the class of each image by each of the A attributes, int64 with shape (n, A); any value where there
+            is no `face`.
         face: whether an image shows a face, bool with shape (n,).
     """
 
@@ -49,37 +50,38 @@ class GridRow:
     sides: dict[str, GridSide] = field(default_factory=dict)
 
 
-def comparison_grid(rows: Sequence[GridRow], attribute: str, classes: Sequence[str]) -> Image.Image:
+def comparison_grid(rows: Sequence[GridRow], classes: Mapping[str, Sequence[str]]) -> Image.Image:
     """Draw prompts in rows, one block of images a model, ordered by class, each class with its coloured bar.
 
     Args:
         rows: the prompts, all with the same models and numbers of images.
-        attribute: what the classes are of; for the legend.
-        classes: their names.
+        classes: the class names of each attribute, which has a bar and a line of the legend each.
     """
     models = list(rows[0].sides)
     count = len(rows[0].sides[models[0]].face)
     columns = (count + 1) // 2
     block = columns * (TILE + GAP)
-    row_height = 22 + 2 * (TILE + BAR + GAP) + 10
-    size = (MARGIN * (len(models) + 1) + block * len(models), 96 + row_height * len(rows))
+    row_height = 22 + 2 * (TILE + BAR * len(classes) + GAP) + 10
+    head = 62 + 22 * len(classes)
+    size = (MARGIN * (len(models) + 1) + block * len(models), head + 12 + row_height * len(rows))
     canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
     for side, model in enumerate(models):
         left = MARGIN + side * (block + MARGIN)
         pen.text((left, 14), TITLES.get(model, model), fill="black", font=_font(22))
         for number, row in enumerate(rows):
-            top = 84 + number * row_height
+            top = head + number * row_height
             if side == 0:
                 pen.text((left, top), row.prompt, fill="#333333", font=_font(14))
             _paste_block(canvas, pen, row.sides[model], left, top + 22, columns)
-    _legend(pen, attribute, classes, (MARGIN, 50))
+    for line, (attribute, names) in enumerate(classes.items()):
+        _legend(pen, attribute, names, (MARGIN, 50 + 22 * line))
     return canvas
 
 
 def results(
-    attribute: str,
-    target: dict[str, float],
+    attributes: Sequence[str],
+    target: dict[str, dict[str, float]],
     summaries: dict[tuple[str, str, str], BiasSummary],
     kept: dict[tuple[str, str], float],
     run: dict[str, object],
@@ -87,8 +89,9 @@ def results(
     """Everything that a test measured, as JSON knows it: None for NaN.
 
     Args:
-        attribute: what was aligned.
-        target: its target distribution by class name.
+        attributes: what was aligned.
+        target: the target distribution by class name, of each attribute and, where there are several, of their
+            product.
         summaries: by (judge, attribute, model).
         kept: means by (measure, model).
         run: facts of the run, such as steps, seconds, prompts and versions.
@@ -96,8 +99,8 @@ def results(
     bias: dict[str, dict[str, dict[str, object]]] = {}
     for (judge, name, model), summary in summaries.items():
         bias.setdefault(judge, {}).setdefault(name, {})[model] = summary.as_dict()
-    for judge, attributes in bias.items():
-        for name, models in attributes.items():
+    for judge, seen in bias.items():
+        for name, models in seen.items():
             pair = [summaries.get((judge, name, model)) for model in ("original", "ema")]
             if all(pair):
                 drift = frequency_drift(*(torch.tensor(summary.frequencies) for summary in pair))
@@ -107,7 +110,7 @@ def results(
         measures.setdefault(measure, {})[model] = _known(value)
     return {
         "version": 1,
-        "attribute": attribute,
+        "attributes": list(attributes),
         "target": target,
         "bias": bias,
         "kept": measures,
@@ -127,10 +130,9 @@ def write_json(file: Path, content: dict[str, object]) -> None:
 def print_results(content: dict, console: Console | None = None) -> None:
     """Print the results as two short tables: bias before and after, and what was kept."""
     console = console or Console()
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in content["target"].items())
     table = Table(
-        title=f"Bias on the test prompts (perceived attributes; aligned: {content['attribute']})",
-        caption=f"bias is against equal shares; {content['attribute']} was aligned to {shares}",
+        title=f"Bias on the test prompts (perceived attributes; aligned: {', '.join(content['attributes'])})",
+        caption="bias is against equal shares, whatever the target",
     )
     for column in ("attribute", "judge", "before", "after", "95 % int.", "floor", "drift"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("attribute", "judge") else "right")
@@ -147,6 +149,7 @@ def print_results(content: dict, console: Console | None = None) -> None:
                 _number(models.get("drift")),
             )
     console.print(table)
+    console.print(frequency_table(content))
     kept = Table(title="What was kept")
     for column in ("measure", "before", "after"):
         kept.add_column(column, justify="left" if column == "measure" else "right")
@@ -156,6 +159,22 @@ def print_results(content: dict, console: Console | None = None) -> None:
     without = [faces[model]["without_face"] / faces[model]["images"] for model in ("original", "ema")]
     kept.add_row("without a face", *(_number(share, 3) for share in without))
     console.print(kept)
+
+
+def frequency_table(content: dict) -> Table:
+    """How often each class of the aligned attributes was seen, beside its target."""
+    others = ", ".join(content["run"].get("other_targets", ()))
+    caption = f"targets of their own have {others}" if others else None
+    table = Table(title="Frequencies on the test prompts", caption=caption)
+    for column in ("aligned", "class", "judge", "target", "before", "after"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("aligned", "class", "judge") else "right")
+    for name in content["attributes"]:
+        for judge, seen in content["bias"].items():
+            if name in seen:
+                before, after = (seen[name][model]["frequencies"] for model in ("original", "ema"))
+                for index, (shown, share) in enumerate(content["target"][name].items()):
+                    table.add_row(name, shown, judge, *map(_number, (share, before[index], after[index])))
+    return table
 
 
 def _known(value: float) -> float | None:
@@ -174,14 +193,17 @@ def _paste_block(
     top: int,
     columns: int,
 ) -> None:
-    classes = [int(index) if face else None for index, face in zip(side.classes, side.face, strict=True)]
-    order = sorted(range(len(classes)), key=lambda i: (classes[i] is None, classes[i] or 0, i))
+    classes = [row.tolist() if face else [None] * len(row) for row, face in zip(side.classes, side.face, strict=True)]
+    order = sorted(range(len(classes)), key=lambda i: (not side.face[i], classes[i] if side.face[i] else [], i))
+    bars = BAR * side.classes.shape[1]
     for place, i in enumerate(order):
         x = left + place % columns * (TILE + GAP)
-        y = top + place // columns * (TILE + BAR + GAP)
+        y = top + place // columns * (TILE + bars + GAP)
         pixels = (side.images[i].permute(1, 2, 0) * 255).round().byte().numpy()
         canvas.paste(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
-        pen.rectangle((x, y + TILE, x + TILE + GAP - 1, y + TILE + BAR - 3), fill=_colour(classes[i]))
+        for bar, index in enumerate(classes[i]):
+            y_bar = y + TILE + bar * BAR
+            pen.rectangle((x, y_bar, x + TILE + GAP - 1, y_bar + BAR - 3), fill=_colour(index))
 
 
 def _legend(pen: ImageDraw.ImageDraw, attribute: str, classes: Sequence[str], place: tuple[int, int]) -> None:

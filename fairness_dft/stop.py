@@ -1,4 +1,7 @@
-"""How a run is stopped early: Ctrl-C or SIGTERM ends training after a whole step, with a checkpoint to go on from."""
+"""How a run is stopped early, with a checkpoint to go on from: by Ctrl-C or SIGTERM, or where its loss is lost.
+
+Either way it ends after a whole step, because a checkpoint holds no accumulated gradients.
+"""
 
 import os
 import signal
@@ -7,15 +10,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
+
+
+def save_to_go_on(trainer: Trainer) -> Path:
+    """Save a checkpoint of a run that is stopped; every rank must call it."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
+    file = folder / f"stopped-step={trainer.global_step}.ckpt"
+    trainer.save_checkpoint(file)
+    return file
 
 
 class GracefulStop(Callback):
     """Ends training after the step in which a signal came, with a checkpoint; a second signal ends it at once.
 
-    A whole step, because a checkpoint holds no accumulated gradients: so a resumed run is the one that was not stopped.
+    The run that is resumed from it is the one that was not stopped.
     """
 
     def __init__(self) -> None:
@@ -51,9 +65,7 @@ class GracefulStop(Callback):
             SystemExit: with a status that tells the signal, on the first rank.
         """
         if trainer.strategy.reduce_boolean_decision(self.signal > 0, all=False):
-            folder = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
-            file = folder / f"stopped-step={trainer.global_step}.ckpt"
-            trainer.save_checkpoint(file)
+            file = save_to_go_on(trainer)
             if trainer.is_global_zero:
                 print(f"stopped after step {trainer.global_step}; to go on, add --ckpt_path {file}", file=sys.stderr)
             raise SystemExit(128 + (self.signal or signal.SIGTERM) if trainer.is_global_zero else 0)
@@ -62,3 +74,65 @@ class GracefulStop(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
             print("stopped at once, without another checkpoint", file=sys.stderr)
+
+
+class FiniteSteps(Callback):
+    """Skips each optimizer step whose loss or gradient is not finite, on all ranks, and counts them.
+
+    Neither the adapter nor the optimizer's averages change in such a step. Where many follow each other, training
+    ends with a checkpoint of what was good. Under `16-mixed` the scale of the loss, which starts too large on
+    purpose, makes some of the first steps such.
+
+    Args:
+        patience: how many steps in a row end the run.
+
+    Attributes:
+        skipped: how many steps were skipped.
+    """
+
+    def __init__(self, patience: int = 20) -> None:
+        if patience < 1:
+            raise ValueError(f"finite_steps.patience must be at least 1, but got {patience}")
+        self.patience = patience
+        self.skipped, self.in_a_row = 0, 0
+        self.finite = True
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.finite &= bool(loss.isfinite())
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        finite = self.finite and bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        self.finite = True
+        if trainer.strategy.reduce_boolean_decision(not finite, all=False):
+            for parameter in parameters:
+                parameter.grad = None  # and the optimizer passes it over
+            self.skipped += 1
+            self.in_a_row += 1
+        else:
+            self.in_a_row = 0
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        pl_module.log("skipped/steps", float(self.skipped), prog_bar=True)
+        if self.in_a_row >= self.patience:
+            self.in_a_row = 0
+            file = save_to_go_on(trainer)
+            if not trainer.is_global_zero:
+                raise SystemExit(0)
+            raise ValueError(
+                f"the loss or its gradient was not finite in {self.patience} steps in a row, which were skipped; the "
+                f"adapter before them is in {file}: go on from there (--ckpt_path) with a smaller "
+                "--model.learning_rate, or with --trainer.precision 32-true"
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]

@@ -12,6 +12,9 @@ of which there are C(n+K−1, K−1). Classes that D excludes are removed first.
 tail; if the count vectors are few, all are solved and weighted by their probability; otherwise counts are
 drawn.
 
+Several attributes a = 1, ..., A are aligned jointly: D is over the product of their classes, the cost of an
+image and a draw is (Σ_a ‖p_i^a − u^a‖₂²)^½, and q_i, marginalised, gives each attribute its y_i^a and c_i^a.
+
 Reference:
     Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), section 4.1,
     https://arxiv.org/abs/2311.07604
@@ -87,34 +90,96 @@ def expected_targets(
     Raises:
         ValueError: if an argument is not as described.
     """
-    distribution = _checked_target(target)
-    _check_probabilities(probabilities, len(distribution))
+    return expected_joint_targets([probabilities], target, draws, max_enumeration, generator)[0]
+
+
+def expected_joint_targets(
+    probabilities: Sequence[Tensor],
+    target: Tensor | Sequence[float],
+    draws: int = 100,
+    max_enumeration: int = 10_000,
+    generator: torch.Generator | None = None,
+    rescale_cost: bool = False,
+) -> list[Targets]:
+    """Assigns every image one class of each attribute, so that the images as a set have the joint distribution.
+
+    Args:
+        probabilities: the classifier's probabilities p^a of each attribute, with shapes (n, K_a), in [0, 1].
+        target: the joint target distribution D, with shape (K_1, ..., K_A), non-negative, sums to one.
+        draws: as in `expected_targets`.
+        max_enumeration: likewise; there are C(n+K−1, K−1) assignments of K = K_1 ⋯ K_A classes.
+        generator: likewise.
+        rescale_cost: whether the cost sees `relative_to_target` in place of the probabilities.
+
+    Returns:
+        Targets of each attribute.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    distribution = _checked_target(target, len(probabilities))
+    for values, classes in zip(probabilities, distribution.shape, strict=True):
+        _check_probabilities(values, classes)
     if draws < 1 or max_enumeration < 0:
         raise ValueError(
             "`draws` must be at least 1 and `max_enumeration` at least 0, "
             f"but got draws={draws}, max_enumeration={max_enumeration}"
         )
-    cost = transport_cost(probabilities.detach().cpu().double().numpy())
-    expected = torch.from_numpy(expected_assignment(cost, distribution, draws, max_enumeration, generator))
+    seen = [values.detach().cpu().double().numpy() for values in probabilities]
+    if rescale_cost:
+        seen = [relative_to_target(values, _marginal(distribution, a)) for a, values in enumerate(seen)]
+    cost = transport_cost(*seen)
+    expected = expected_assignment(cost, distribution.ravel(), draws, max_enumeration, generator)
+    expected = expected.reshape(len(cost), *distribution.shape)
+    return [_targets(_marginal(expected, a + 1, keep=0), values) for a, values in enumerate(probabilities)]
+
+
+def _targets(expected: np.ndarray, like: Tensor) -> Targets:
+    expected = torch.from_numpy(expected)
     confidence, classes = expected.max(dim=1)
-    return Targets(
-        probabilities=expected.to(probabilities),
-        classes=classes.to(probabilities.device),
-        confidence=confidence.to(probabilities),
-    )
+    return Targets(expected.to(like), classes.to(like.device), confidence.to(like))
 
 
-def transport_cost(probabilities: np.ndarray) -> np.ndarray:
-    """Distance of each image to each class, ‖p_i − e_k‖₂.
+def _marginal(distribution: np.ndarray, axis: int, keep: int | None = None) -> np.ndarray:
+    """Sums over all axes but `axis` and `keep`."""
+    return distribution.sum(axis=tuple(other for other in range(distribution.ndim) if other not in (axis, keep)))
+
+
+def transport_cost(*probabilities: np.ndarray) -> np.ndarray:
+    """Distance of each image to each class, ‖p_i − e_k‖₂, over all attributes.
+
+    Args:
+        probabilities: the probabilities p^a of each attribute, with shapes (n, K_a).
+
+    Returns:
+        The cost of giving class k to image i, with shape (n, K), K = K_1 ⋯ K_A in the order of a flattened
+        (K_1, ..., K_A), in [0, √(2A)].
+    """
+    images = len(probabilities[0])
+    squares = np.zeros((images, 1))
+    for values in probabilities:
+        distances = np.square(values[:, None] - np.eye(values.shape[1])).sum(axis=-1)
+        squares = (squares[:, :, None] + distances[:, None, :]).reshape(images, squares.shape[1] * values.shape[1])
+    return np.sqrt(squares)
+
+
+def relative_to_target(probabilities: np.ndarray, distribution: np.ndarray) -> np.ndarray:
+    """Probabilities as they would be had the classes been equally likely instead of as the target has them.
+
+    p_k / D_k, normalised: what is as likely as its share in the target becomes as likely as every other class.
+    Without it, where the target is 75 % young, an image that is old with probability 0.3 counts as clearly
+    young, although that is more than the target's share. A uniform target changes nothing.
 
     Args:
         probabilities: the probabilities p, with shape (n, K).
+        distribution: the target shares D of these classes, with shape (K,).
 
     Returns:
-        The cost of giving class k to image i, with shape (n, K), in [0, √2].
+        The relative probabilities, with shape (n, K), rows sum to one; 0 for a class that D excludes.
     """
-    corners = np.eye(probabilities.shape[1])
-    return np.linalg.norm(probabilities[:, None] - corners, axis=-1)
+    wanted = distribution > 0
+    relative = np.where(wanted, (probabilities + 1e-12) / np.where(wanted, distribution, 1), 0)
+    return relative / relative.sum(axis=1, keepdims=True)
 
 
 def expected_assignment(
@@ -233,10 +298,10 @@ def draw_counts(
     return np.unique(one_hot.sum(dim=1).numpy(), axis=0, return_counts=True)
 
 
-def _checked_target(target: Tensor | Sequence[float]) -> np.ndarray:
-    """The target distribution D in float64, with shape (K,), summing to one beyond rounding."""
+def _checked_target(target: Tensor | Sequence[float], attributes: int) -> np.ndarray:
+    """The target distribution D in float64, with one axis an attribute, summing to one beyond rounding."""
     distribution = torch.as_tensor(target, dtype=torch.float64).detach().cpu().numpy()
-    valid = distribution.ndim == 1 and bool((distribution >= 0).all()) and abs(distribution.sum() - 1) < 1e-5
+    valid = distribution.ndim == attributes and bool((distribution >= 0).all()) and abs(distribution.sum() - 1) < 1e-5
     if not valid:
         raise ValueError(
             "`target` must be one non-negative probability per class and sum to one, "

@@ -1,4 +1,6 @@
-"""Target distributions in the classifier's order, and what is refused."""
+"""Target distributions in the classifier's order, single and joint, and what is refused."""
+
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -6,28 +8,39 @@ import torch
 from fairness_dft.attributes import Attribute
 
 SKINS = ("light", "tan", "brown", "dark")
+CLASSES = {"gender": ("man", "woman"), "race": SKINS, "age": ("young", "old")}
+
+
+def distribution(attribute: Attribute, classes: Sequence[str]) -> torch.Tensor:
+    """The target of a single attribute."""
+    return attribute.distributions({attribute.name: classes})[None]
+
+
+def joint(*names: str, **settings: object) -> torch.Tensor:
+    """The target of several attributes of CLASSES."""
+    return Attribute(list(names), **settings).distributions(CLASSES)[None]
 
 
 @pytest.mark.parametrize("classes", [("only",), ("man", "woman"), SKINS, tuple("abcdefg")])
 def test_uniform_is_the_default_for_any_number_of_classes(classes: tuple[str, ...]) -> None:
-    target = Attribute().distribution(classes)
+    target = distribution(Attribute(), classes)
     assert target.dtype == torch.float64
     torch.testing.assert_close(target, torch.tensor([1 / len(classes)] * len(classes), dtype=torch.float64))
 
 
 def test_numbers_are_taken_in_the_classifiers_order() -> None:
-    target = Attribute("race", [0.1, 0.2, 0.3, 0.4]).distribution(SKINS)
+    target = distribution(Attribute("race", [0.1, 0.2, 0.3, 0.4]), SKINS)
     torch.testing.assert_close(target, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64))
 
 
 def test_names_are_put_in_the_classifiers_order_and_those_left_out_get_nothing() -> None:
-    target = Attribute("race", {"dark": 0.75, "light": 0.25}).distribution(SKINS)
+    target = distribution(Attribute("race", {"dark": 0.75, "light": 0.25}), SKINS)
     torch.testing.assert_close(target, torch.tensor([0.25, 0.0, 0.0, 0.75], dtype=torch.float64))
 
 
 def test_thirds_sum_to_one_within_rounding() -> None:
     torch.testing.assert_close(
-        Attribute("style", [1 / 3] * 3).distribution(("a", "b", "c")),
+        distribution(Attribute("style", [1 / 3] * 3), ("a", "b", "c")),
         torch.full((3,), 1 / 3, dtype=torch.float64),
     )
 
@@ -36,9 +49,10 @@ def test_thirds_sum_to_one_within_rounding() -> None:
     ("target", "message"),
     [
         ("unifrom", "attribute.target of 'race' must be 'uniform', numbers or class names .* got 'unifrom'"),
-        ({"light": 0.5, "pale": 0.5}, "names pale, but the classifier has light, tan, brown, dark"),
-        ([0.5, 0.5], "has 2 numbers, but the classifier has light, tan, brown, dark"),
-        ([], "has 0 numbers, but the classifier has"),
+        ({"light": 0.5, "pale": 0.5}, "names pale, but the classifier has light; tan; brown; dark"),
+        ([0.5, 0.5], r"must be 4 numbers, for light; tan; brown; dark, but got \[0.5, 0.5\]"),
+        ([], r"must be 4 numbers, for light; tan; brown; dark, but got \[\]"),
+        ({"light": "uniform"}, "must be 4 numbers, .* but got"),
         ([0.5, 0.75, -0.25, 0.0], r"must be non-negative and sum to one, but got \[0.5, 0.75, -0.25, 0.0\]"),
         ([0.25, 0.25, 0.25, 0.2], "must be non-negative and sum to one"),
         ({"light": 0.9}, "must be non-negative and sum to one"),
@@ -48,7 +62,7 @@ def test_thirds_sum_to_one_within_rounding() -> None:
 )
 def test_a_target_that_does_not_fit_is_refused(target: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Attribute("race", target).distribution(SKINS)
+        distribution(Attribute("race", target), SKINS)
 
 
 @pytest.mark.parametrize("field", ["confidence", "factor1", "factor2"])
@@ -62,3 +76,74 @@ def test_a_number_out_of_its_range_is_refused(field: str, value: float) -> None:
 def test_the_ends_of_the_range_are_allowed(value: float) -> None:
     attribute = Attribute(confidence=value, factor1=value, factor2=value)
     assert attribute.confidence == attribute.factor1 == attribute.factor2 == value
+
+
+def test_several_attributes_are_independent_and_uniform_by_default() -> None:
+    target = joint("gender", "race", "age")
+    assert target.shape == (2, 4, 2) and target.dtype == torch.float64
+    torch.testing.assert_close(target, torch.full((2, 4, 2), 1 / 16, dtype=torch.float64))
+
+
+def test_each_attribute_may_have_its_own_target() -> None:
+    target = joint("gender", "age", target={"age": {"young": 0.75, "old": 0.25}})
+    torch.testing.assert_close(target, torch.tensor([[0.375, 0.125], [0.375, 0.125]], dtype=torch.float64))
+    target = joint("age", "gender", target={"gender": [0.2, 0.8], "age": [0.75, 0.25]})
+    torch.testing.assert_close(target, torch.tensor([[0.15, 0.6], [0.05, 0.2]], dtype=torch.float64))
+
+
+def test_a_table_gives_the_product_of_classes_its_shares() -> None:
+    table = {"woman, old": 0.1, "woman, young": 0.4, "man, young": 0.5}
+    expected = torch.tensor([[0.5, 0.0], [0.4, 0.1]], dtype=torch.float64)
+    torch.testing.assert_close(joint("gender", "age", target=table), expected)
+    torch.testing.assert_close(joint("gender", "age", target=[0.5, 0.0, 0.4, 0.1]), expected)
+
+
+def test_targets_of_prompts_stand_beside_the_default() -> None:
+    attribute = Attribute(["gender", "age"], targets={"sport": "uniform", "ceo": {"gender": [0.3, 0.7]}})
+    found = attribute.distributions(CLASSES)
+    assert list(found) == [None, "sport", "ceo"]
+    torch.testing.assert_close(found["sport"], found[None])
+    torch.testing.assert_close(found["ceo"].sum(1), torch.tensor([0.3, 0.7], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["gender×age", ["gender", "age"]])
+def test_a_product_is_named_like_one(name: str | list[str]) -> None:
+    attribute = Attribute(name, factor1={"gender": 0.2, "age": 0.6}, confidence=0.7)
+    assert attribute.names == ("gender", "age") and attribute.label == "gender×age"
+    assert [attribute.setting("factor1", name) for name in attribute.names] == [0.2, 0.6]
+    assert [attribute.setting("confidence", name) for name in attribute.names] == [0.7, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"woman, ancient": 1.0}, "names woman, ancient, but the classifier has man, young; man, old; woman, young"),
+        ({"age": {"older": 1.0}}, "attribute.target of 'gender×age', age names older, but the classifier has young"),
+        ({"age": [0.5, 0.6]}, "of 'gender×age', age must be non-negative and sum to one"),
+        ({"age": "uniform", "race": "uniform"}, "names age, race, but the classifier has man, young; man, old"),
+        ([0.5, 0.5], "must be 4 numbers, for man, young; man, old; woman, young; woman, old, but got"),
+        ("fair", "must be 'uniform', numbers or class names with numbers, but got 'fair'"),
+    ],
+)
+def test_a_joint_target_that_does_not_fit_is_refused(target: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        joint("gender", "age", target=target)
+    with pytest.raises(
+        ValueError, match=message.replace("of 'gender×age'", "of 'chef'").replace("target of", "targets of")
+    ):
+        joint("gender", "age", targets={"chef": target})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": []}, "attribute.name must be one attribute or several different ones, but got"),
+        ({"name": ["age", "age"]}, "several different ones"),
+        ({"factor1": {"race": 0.5}}, "attribute.factor1 names race, but aligned is gender"),
+        ({"name": ["gender", "age"], "factor2": {"age": 0.5}}, "factor2 must name every attribute, but lacks gender"),
+        ({"confidence": {"gender": 2}}, "attribute.confidence of gender must be between 0 and 1, but got 2"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Attribute(**settings)

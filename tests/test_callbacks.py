@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from miniature import finetuning, judge, prompts, trainer
 from PIL import Image
 
+from fairness_dft.attributes import Attribute
 from fairness_dft.callbacks import (
     AdapterAverage,
     AdapterCheckpoint,
@@ -81,7 +82,7 @@ def test_bias_counts_what_the_judges_say(run):
     _, _, module, data, monitors, _ = run
     summaries = monitors[1].summaries
     assert {key[0] for key in summaries} == {"training", "independent"}
-    assert {key[1] for key in summaries} == {"gender", "race", "age"}
+    assert {key[1] for key in summaries} == {"gender", "race", "age", "gender×race"}
     for name, other in (("training", module.judge), ("independent", monitors[1].independent_judge)):
         counts = np.zeros((2, 2))
         for batch in data.test_dataloader():
@@ -151,7 +152,8 @@ def test_results_are_json(run):
     from fairness_dft.report import results
 
     *_, monitors, _ = run
-    content = results("gender", {"man": 0.5, "woman": 0.5}, monitors[1].summaries, monitors[2].values, {"steps": 2})
+    target = {"gender": {"man": 0.5, "woman": 0.5}}
+    content = results(["gender"], target, monitors[1].summaries, monitors[2].values, {"steps": 2})
     again = json.loads(json.dumps(content, allow_nan=False))
     assert again["bias"]["independent"]["gender"]["ema"]["floor"] > 0
     assert 0 <= again["bias"]["training"]["race"]["drift"] <= 1
@@ -160,8 +162,25 @@ def test_results_are_json(run):
 def test_the_aligned_attribute_is_always_watched():
     reader = judge()
     reader.load()
-    assert BiasMonitor(attributes=()).read_by(reader, "age") == ["age"]
-    assert BiasMonitor(attributes=("gender", "smile", "age")).read_by(reader, "age") == ["age", "gender"]
+    age, both = Attribute("age"), Attribute(["age", "gender"])
+    assert BiasMonitor(attributes=()).read_by(reader, age) == ["age"]
+    assert BiasMonitor(attributes=("gender", "smile", "age")).read_by(reader, age) == ["age", "gender"]
+    watched = BiasMonitor(attributes=("smile×age", "race")).read_by(reader, both)
+    assert watched == ["age×gender", "age", "gender", "race"]
+
+
+def test_a_product_of_attributes_is_counted_by_its_pairs_of_classes(run):
+    *_, monitors, _ = run
+    for side in ("original", "ema"):
+        summary = monitors[1].summaries["training", "gender×race", side]
+        gender, race = (monitors[1].summaries["training", name, side] for name in ("gender", "race"))
+        assert summary.classes[:2] == (
+            f"{gender.classes[0]}, {race.classes[0]}",
+            f"{gender.classes[0]}, {race.classes[1]}",
+        )
+        joint = np.array(summary.frequencies).reshape(2, 4)
+        np.testing.assert_allclose(joint.sum(1), gender.frequencies)
+        np.testing.assert_allclose(joint.sum(0), race.frequencies)
 
 
 def test_a_lost_face_does_not_excuse_a_lost_occupation(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,29 @@ def test_the_judge_joins_faces_and_classes(folder: Path, images: Tensor) -> None
     torch.testing.assert_close(verdict.probabilities("race"), logits[:, 2:6].softmax(1))
     torch.testing.assert_close(verdict.face, judge.faces(images).mask)
     assert verdict.boxes.shape == (5, 4)
+
+
+def test_a_product_of_attributes_has_the_tuples_of_their_classes(folder: Path) -> None:
+    judge = Judge(load(folder))
+    names = judge.classes("race×age×gender")
+    assert names == tuple(", ".join(each) for each in product(HEADS["race"], HEADS["age"], HEADS["gender"]))
+    verdict = judge(torch.rand(40, 3, 16, 16))
+    for index, *each in zip(
+        *(verdict.classes(name) for name in ("race×age×gender", "race", "age", "gender")), strict=True
+    ):
+        parts = [HEADS[name][part] for name, part in zip(("race", "age", "gender"), each, strict=True)]
+        assert names[index] == ", ".join(parts)
+    assert judge.reads("race×age") and judge.reads("age") and not judge.reads("race×height")
+    with pytest.raises(ValueError, match="does not read 'height', only gender"):
+        judge.classes("gender×height")
+
+
+def test_logits_have_the_precision_of_the_images_under_autocast(folder: Path, images: Tensor) -> None:
+    classifier = load(folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = classifier(images)["race"]
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, classifier(images)["race"], rtol=0.05, atol=0.05)
 
 
 def test_a_network_that_finds_and_classifies_runs_once(folder: Path, copy: Path, images: Tensor) -> None:

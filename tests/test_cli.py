@@ -56,7 +56,8 @@ def test_fit_writes_results_picture_adapters_and_config(tmp_path, capsys):
     main(small(tmp_path, "--name=trial"))
     folder = tmp_path / "trial" / "version_0"
     content = json.loads((folder / "results.json").read_text())
-    assert content["attribute"] == "gender" and content["run"]["steps"] == 2
+    assert content["attributes"] == ["gender"] and content["target"] == {"gender": {"man": 0.5, "woman": 0.5}}
+    assert content["run"]["steps"] == 2
     assert content["run"]["test_prompts_trained_on"] == []
     assert content["bias"].keys() == {"training", "independent"}
     assert (folder / "before_after.png").is_file()
@@ -96,6 +97,23 @@ def test_runs_without_a_logger_go_to_folders_of_their_own(tmp_path, monkeypatch,
     assert "tensorboard" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", sorted(p.stem for p in EXPERIMENTS.glob("*.yaml")))
+def test_every_experiment_runs_on_the_miniature(name, tmp_path, capsys):
+    file = EXPERIMENTS / f"{name}.yaml"
+    parts = [] if name == "quickstart" else PORTRAITS
+    main(["--config", str(file), *parts, *SMALL, f"--output={tmp_path}", "--trainer.limit_val_batches=0"])
+    content = json.loads((tmp_path / name / "version_0" / "results.json").read_text())
+    given = yaml.safe_load(file.read_text())["model"]
+    attributes = given["attribute"]["name"]
+    assert content["attributes"] == attributes if isinstance(attributes, list) else [attributes]
+    assert {"×".join(content["attributes"]), *content["attributes"]} == content["target"].keys()
+    built = yaml.safe_load((tmp_path / name / "version_0" / "config.yaml").read_text())["model"]
+    assert built["adapter"]["class_path"] == given["adapter"]["class_path"]
+    printed = capsys.readouterr().out
+    shares = [share for attribute in content["attributes"] for share in content["target"][attribute].values()]
+    assert all(f" {share:.2f} " in printed for share in shares)
+
+
 def test_print_config_prints_yaml_and_stops():
     command = [sys.executable, "-m", "fairness_dft.fit", *MINIATURE, "--print_config"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
@@ -123,6 +141,10 @@ def test_missing_weights_earn_one_line_and_no_traceback(tmp_path):
         (["--data.init_args.file=nowhere.json"], "nowhere.json: there is no such file"),
         (["--data.init_args.images_per_prompt=0"], "images_per_prompt must be at least 1"),
         (["--model.attribute.name=height"], "does not read 'height'"),
+        (["--model.attribute.name=[gender, gender]"], "one attribute or several different ones"),
+        (["--model.attribute.factor1={race: 0.2}"], "attribute.factor1 names race, but aligned is gender"),
+        (["--model.attribute.targets={spots: uniform}"], "'spots' is no prompt, subject or concept of the prompts"),
+        (["--model.attribute.targets={occupation: [1]}"], "attribute.targets of 'occupation' must be 2 numbers"),
         (["--ckpt_path=nowhere.ckpt"], "no file 'nowhere.ckpt'"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -333,7 +355,7 @@ def test_misspelt_key_in_a_file(tmp_path, capsys):
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "experiments").glob("*.yaml")))
 def test_every_experiment_parses_and_builds(name, tmp_path):
     cli = FairnessCLI(["--config", str(EXPERIMENTS / name), f"--output={tmp_path}", "--trainer.accelerator=cpu"])
-    assert cli.model.attribute.name in name or name == "quickstart.yaml"
+    assert cli.model.attribute.names
     assert cli.datamodule.prompts("train")
 
 

@@ -46,6 +46,15 @@ def test_embeddings_have_unit_length(network: FeatureNet, shape: tuple[int, ...]
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(shape[0]))
 
 
+def test_embeddings_keep_the_precision_of_the_images_under_autocast(network: FeatureNet) -> None:
+    images = torch.rand(3, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network(images)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded.norm(dim=1), torch.ones(3))  # a rounded one is off by some thousandths
+    assert bool(((rounded * network(images)).sum(1) > 0.99).all())
+
+
 def test_gradients_reach_the_images_and_no_weight(network: FeatureNet) -> None:
     images = torch.rand(2, 3, 20, 20, requires_grad=True)
     reference = network(torch.rand(2, 3, 20, 20)).detach()

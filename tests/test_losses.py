@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fairness_dft.losses import Alignment, alignment_loss, must_change, scale_face_gradient, semantics_loss
+from fairness_dft.losses import (
+    Alignment,
+    alignment_loss,
+    dynamic_weights,
+    must_change,
+    scale_face_gradient,
+    semantics_loss,
+)
 
 
 def align(targets: list[int], chosen: list[bool], total: int | None = None) -> Alignment:
@@ -90,31 +97,38 @@ def test_the_dynamic_weight_is_that_of_the_paper(
 ) -> None:
     changing = must_change(align([target], [chosen]), torch.tensor([original]), torch.tensor([both_faces]))
     assert changing.dtype == torch.bool and changing.shape == (1,)
-    loss = semantics_loss([torch.tensor([0.25])], changing, 0.2)
+    loss = semantics_loss([torch.tensor([0.25])], dynamic_weights([changing], [0.2]))
     torch.testing.assert_close(loss.item(), weight * 0.75)
 
 
 def test_semantics_loss_is_the_weighted_mean_over_images_of_summed_distances() -> None:
     clip, dino = torch.tensor([1.0, 0.5, -1.0]), torch.tensor([0.0, 0.9, 1.0])
-    loss = semantics_loss([clip, dino], torch.tensor([False, True, True]), 0.2)
+    loss = semantics_loss([clip, dino], torch.tensor([1.0, 0.2, 0.2]))
     torch.testing.assert_close(loss.item(), (1.0 * 1.0 + 0.2 * (0.5 + 0.1) + 0.2 * 2.0) / 3)
 
 
 def test_semantics_loss_without_networks_is_zero() -> None:
-    assert semantics_loss([], torch.tensor([True, False]), 0.2).item() == 0
+    assert semantics_loss([], torch.tensor([0.2, 1.0])).item() == 0
 
 
 def test_the_gradient_of_the_semantics_loss_carries_the_weight() -> None:
     cosine = torch.tensor([0.3, 0.3], requires_grad=True)
-    semantics_loss([cosine], torch.tensor([True, False]), 0.2).backward()
+    semantics_loss([cosine], torch.tensor([0.2, 1.0])).backward()
     torch.testing.assert_close(cosine.grad, torch.tensor([-0.1, -0.5]))
 
 
-def face_gradient(box: list[float], other: list[float], changing: bool = True, factor2: float = 0.2) -> Tensor:
+def test_of_several_attributes_the_smallest_factor_that_applies_is_taken() -> None:
+    gender, race = torch.tensor([False, True, False, True]), torch.tensor([False, False, True, True])
+    weights = dynamic_weights([gender, race], [0.2, 0.6])
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0.2, 0.6, 0.2]))
+    torch.testing.assert_close(dynamic_weights([race, gender], [0.6, 0.2]), weights)
+
+
+def face_gradient(box: list[float], other: list[float], scale: float = 0.2) -> Tensor:
     """The factor that each pixel of a 6×8 image's gradient is multiplied by."""
     images = torch.rand(1, 3, 6, 8, requires_grad=True)
     upstream = torch.randn(1, 3, 6, 8)
-    scaled = scale_face_gradient(images, torch.tensor([box]), torch.tensor([other]), torch.tensor([changing]), factor2)
+    scaled = scale_face_gradient(images, torch.tensor([box]), torch.tensor([other]), torch.tensor([scale]))
     torch.testing.assert_close(scaled, images, rtol=0, atol=0)
     scaled.backward(upstream)
     factors = images.grad / upstream
@@ -153,20 +167,20 @@ def test_the_region_counts_pixels_by_their_centre() -> None:
 
 
 def test_images_that_need_not_change_keep_their_gradient() -> None:
-    torch.testing.assert_close(face_gradient([0, 0, 8, 6], [0, 0, 8, 6], changing=False), torch.ones(6, 8))
+    torch.testing.assert_close(face_gradient([0, 0, 8, 6], [0, 0, 8, 6], scale=1.0), torch.ones(6, 8))
 
 
 @pytest.mark.parametrize("factor2", [0.0, 0.5, 1.0])
 def test_every_scale_is_possible(factor2: float) -> None:
     expected = factors_by_hand(1, 1, 5, 5, factor2)
-    torch.testing.assert_close(face_gradient([1, 1, 5, 5], [1, 1, 5, 5], factor2=factor2), expected)
+    torch.testing.assert_close(face_gradient([1, 1, 5, 5], [1, 1, 5, 5], scale=factor2), expected)
 
 
 def test_every_image_has_its_own_region() -> None:
     images = torch.rand(3, 3, 4, 4, requires_grad=True)
     boxes = torch.tensor([[0.0, 0, 2, 2], [2, 2, 4, 4], [0, 0, 4, 4]])
     whole = torch.tensor([[0.0, 0, 4, 4]]).expand(3, 4)
-    scale_face_gradient(images, boxes, whole, torch.tensor([True, True, False]), 0.0).sum().backward()
+    scale_face_gradient(images, boxes, whole, torch.tensor([0.0, 0.0, 1.0])).sum().backward()
     expected = torch.ones(3, 3, 4, 4)
     expected[0, :, :2, :2] = 0
     expected[1, :, 2:, 2:] = 0
@@ -175,5 +189,5 @@ def test_every_image_has_its_own_region() -> None:
 
 def test_no_images_are_no_trouble() -> None:
     nothing = torch.zeros(0, 4)
-    scaled = scale_face_gradient(torch.rand(0, 3, 4, 4), nothing, nothing, torch.zeros(0, dtype=torch.bool), 0.2)
+    scaled = scale_face_gradient(torch.rand(0, 3, 4, 4), nothing, nothing, torch.ones(0))
     assert scaled.shape == (0, 3, 4, 4)

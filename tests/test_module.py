@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import Verdict
 from fairness_dft.features import Clip
+from fairness_dft.metrics import class_bias
 from fairness_dft.sampler import Sampler
-from fairness_dft.transport import expected_targets
+from fairness_dft.transport import expected_joint_targets, expected_targets
 
 
 class OneProcess:
@@ -90,6 +91,67 @@ def test_training_step_is_the_algorithm_written_out(module, monkeypatch):
     assert logged["batch/bias"] == pytest.approx(abs(2 * women - faces) / faces)
     chance = sum(abs(2 * heads - faces) * comb(faces, heads) for heads in range(faces + 1)) / 2**faces
     assert logged["batch/floor"] == pytest.approx(chance / faces)
+
+
+def test_joint_training_step_is_the_algorithm_written_out(monkeypatch):
+    """Gender and age at once, with a target, confidences and factors of their own for this prompt."""
+    settings = dict(confidence={"gender": 0.55, "age": 0.7}, factor1={"gender": 0.3, "age": 0.6}, factor2=0.0)
+    batch = first_batch(images_per_prompt=12)
+    targets = {batch.prompt.subject: {"age": {"young": 0.75, "old": 0.25}}, batch.prompt.concept: {"age": [0.0, 1.0]}}
+    module = finetuning(attribute=Attribute(["gender", "age"], targets=targets, **settings))
+    module.configure_model()
+    monkeypatch.setattr(type(module), "trainer", OneProcess())
+    move(module, 0.3)
+    logged = {}
+    record(monkeypatch, module, logged)
+    monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+    loss = module.training_step(batch, 0)
+
+    noise = module.generator.noise(batch.seeds)
+    with torch.no_grad():
+        with module.adapter.using("original"):
+            original = module.sampler(module.generator, batch.prompt.text, noise)
+        images = module.sampler(module.generator, batch.prompt.text, noise)
+        seen, before = module.judge(images), module.judge(original)
+        pair = [seen.logits[name].softmax(-1)[seen.face] for name in ("gender", "age")]
+        young = module.judge.classes("age").index("young")
+        shares = [0.75, 0.25] if young == 0 else [0.25, 0.75]
+        targets = expected_joint_targets(pair, torch.tensor([shares, shares]) / 2)
+        align, counts, weights = {}, {}, torch.ones(len(images))
+        for name, found in zip(("gender", "age"), targets, strict=True):
+            place, losses = 0, []
+            for i in range(len(images)):
+                if not seen.face[i]:
+                    continue
+                target = None
+                if found.confidence[place] >= settings["confidence"][name]:
+                    target = found.classes[place]
+                    losses.append(cross_entropy(seen.logits[name][i], target).item())
+                if before.face[i] and (target is None or target != before.classes(name)[i]):
+                    weights[i] = min(weights[i], settings["factor1"][name])
+                place += 1
+            align[name], counts[name] = sum(losses) / len(losses), len(losses)
+        distances = sum(1 - (net(images) * net(original)).sum(-1) for net in module.features)
+        semantics = float((weights * distances).mean())
+    assert min(counts.values()) > 0 and len(weights.unique()) == 3
+    for name, value in align.items():
+        torch.testing.assert_close(logged[f"loss/alignment_{name}"], value, rtol=1e-4, atol=1e-5)
+        assert logged[f"faces/with_target_{name}"] == pytest.approx(counts[name] / len(images))
+    torch.testing.assert_close(loss.item(), sum(align.values()) + 8 * semantics, rtol=1e-4, atol=1e-5)
+    joint = 2 * seen.classes("gender")[seen.face] + seen.classes("age")[seen.face]
+    frequencies = torch.bincount(joint, minlength=4) / len(joint)
+    assert logged["batch/bias"] == pytest.approx(float(class_bias(frequencies)))
+
+
+def test_the_most_particular_target_is_taken():
+    batch = first_batch()
+    text, subject, concept = batch.prompt
+    wanted = {concept: [0.1, 0.9], subject: [0.2, 0.8], text: [0.3, 0.7]}
+    for keys, share in (((), 0.5), ((concept,), 0.1), ((subject, concept), 0.2), ((text, concept, subject), 0.3)):
+        module = finetuning(attribute=Attribute("gender", targets={key: wanted[key] for key in keys}))
+        module.judge.load()
+        module.distributions = module.attribute.distributions({"gender": module.judge.classes("gender")})
+        assert module.target(batch.prompt).tolist() == pytest.approx([share, 1 - share])
 
 
 def test_originals_are_remembered_where_their_noise_recurs_and_change_nothing(module, monkeypatch):
@@ -199,7 +261,7 @@ def test_unknown_attribute_is_refused_before_the_generator_loads():
 
 def test_a_target_is_refused_before_the_generator_loads():
     module = finetuning(attribute=Attribute("race", target=[0.5, 0.5]))
-    with pytest.raises(ValueError, match="has 2 numbers, but the classifier has light, tan, brown, dark"):
+    with pytest.raises(ValueError, match="must be 4 numbers, for light; tan; brown; dark, but got"):
         module.configure_model()
     assert not hasattr(module.generator, "unet")
 

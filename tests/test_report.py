@@ -40,7 +40,7 @@ def row(classes: dict[str, list[int]]) -> GridRow:
     sides = {}
     for model, of in classes.items():
         images = torch.stack([plain(grey) for grey, _ in zip(GREYS, of, strict=False)])
-        sides[model] = GridSide(images, torch.tensor(of), torch.tensor(of) >= 0)
+        sides[model] = GridSide(images, torch.tensor(of)[:, None], torch.tensor(of) >= 0)
     return GridRow("a chef", sides)
 
 
@@ -70,14 +70,33 @@ def expected(classes: list[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]
 def test_images_stand_by_class_with_coloured_bars(count: int) -> None:
     before, after = [1, -1, 0, 1, 0][:count], [0, 1, 2, -1, -1][:count]
     rows = [row({"original": before, "ema": after}), row({"original": after, "ema": before})]
-    picture = comparison_grid(rows, "gender", (*CLASSES, "other"))
+    picture = comparison_grid(rows, {"gender": (*CLASSES, "other")})
     assert block_of(picture, 0, 0, count) == block_of(picture, 1, 1, count) == expected(before)
     assert block_of(picture, 1, 0, count) == block_of(picture, 0, 1, count) == expected(after)
     assert picture.getpixel((picture.width - 1, picture.height - 1)) == (255, 255, 255)
 
 
+def test_two_attributes_have_a_bar_and_a_legend_each_and_order_the_images() -> None:
+    classes = torch.tensor([[1, 0], [0, 1], [0, 0], [1, 1]])
+    images = torch.stack([plain(grey) for grey in GREYS[:4]])
+    face = torch.tensor([True, True, True, False])
+    side = GridSide(images, classes, face)
+    rows = [GridRow("a chef", {"original": side, "trained": side, "ema": side})]
+    picture = comparison_grid(rows, {"gender": CLASSES, "age": ("young", "old")})
+    top = 62 + 2 * 22 + 22
+    for place, i in enumerate([2, 1, 0, 3]):
+        x, y = MARGIN + place % 2 * (TILE + GAP), top + place // 2 * (TILE + 2 * BAR + GAP)
+        assert picture.getpixel((x, y)) == (GREYS[i],) * 3
+        for bar in range(2):
+            colour = ImageColor.getrgb(PALETTE[classes[i, bar]] if face[i] else NO_FACE)
+            assert {picture.getpixel((x, y + TILE + bar * BAR + dy)) for dy in (0, BAR - 3)} == {colour}
+    for line in range(2):
+        legend = {c for _, c in picture.crop((0, 50 + 22 * line, picture.width, 70 + 22 * line)).getcolors(1 << 16)}
+        assert {ImageColor.getrgb(name) for name in (*PALETTE[:2], NO_FACE)} <= legend
+
+
 def test_the_legend_shows_every_class_and_no_face() -> None:
-    picture = comparison_grid([row({"original": [0] * 5, "ema": [0] * 5})], "gender", CLASSES)
+    picture = comparison_grid([row({"original": [0] * 5, "ema": [0] * 5})], {"gender": CLASSES})
     legend = {colour for _, colour in picture.crop((0, 44, picture.width, 76)).getcolors(1 << 16)}
     for name in (*PALETTE[: len(CLASSES)], NO_FACE):
         assert ImageColor.getrgb(name) in legend
@@ -101,8 +120,8 @@ def summaries(counts: list[list[int]], changed: list[list[int]]) -> dict:
 
 def content(counts: list[list[int]], changed: list[list[int]], kept: float = 0.9) -> dict:
     measured = {("clip_t", "original"): 0.31, ("clip_t", "ema"): 0.3, ("dino", "ema"): kept}
-    target = {"man": 0.5, "woman": 0.5}
-    return results("gender", target, summaries(counts, changed), measured, {"steps": 3})
+    target = {"gender": {"man": 0.25, "woman": 0.75}}
+    return results(["gender"], target, summaries(counts, changed), measured, {"steps": 3})
 
 
 def strictly(text: str) -> dict:
@@ -125,7 +144,7 @@ def test_results_survive_the_way_to_the_file_and_back(tmp_path: Path) -> None:
             assert models["drift"] == pytest.approx(15 / 19 - 9 / 19)
             assert models["original"]["without_face"] == 1
     assert found["kept"] == {"clip_t": {"original": 0.31, "ema": 0.3}, "dino": {"ema": 0.9}}
-    assert found["attribute"] == "gender" and found["run"] == {"steps": 3} and found["version"] == 1
+    assert found["attributes"] == ["gender"] and found["run"] == {"steps": 3} and found["version"] == 1
 
 
 def test_what_is_not_known_is_null(tmp_path: Path) -> None:
@@ -141,7 +160,7 @@ def test_what_is_not_known_is_null(tmp_path: Path) -> None:
 
 def test_without_a_model_to_compare_there_is_no_drift() -> None:
     only = {key: summary for key, summary in summaries([[1, 2], [2, 1]], [[1, 1], [1, 1]]).items() if key[2] == "ema"}
-    assert "drift" not in results("gender", {}, only, {}, {})["bias"]["training"]["gender"]
+    assert "drift" not in results(["gender"], {}, only, {}, {})["bias"]["training"]["gender"]
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,10 +184,15 @@ def test_the_table_names_every_judge_and_attribute() -> None:
     print_results(content([[9, 0], [6, 4]], [[4, 5], [5, 5]]), Console(file=stream, width=200))
     lines = stream.getvalue().splitlines()
     assert any("aligned: gender" in line for line in lines)
-    assert "gender was aligned to man 50%, woman 50%" in " ".join(stream.getvalue().split())
+    frequencies = [line.split("│")[1:-1] for line in lines if "man " in line and "training" in line]
+    frequencies = [[cell.strip() for cell in row] for row in frequencies]
+    assert frequencies == [
+        ["gender", "man", "training", "0.25", "0.79", "0.47"],
+        ["gender", "woman", "training", "0.75", "0.21", "0.53"],
+    ]
     for judge in ("training", "independent"):
         for attribute in ("gender", "age"):
-            (line,) = [line for line in lines if f" {attribute} " in line and f" {judge} " in line]
+            (line,) = [line for line in lines if f" {attribute} " in line and f" {judge} " in line and "±" in line]
             assert "0.60±0.40" in line and "0.06±0.06" in line and "0.32" in line
     (line,) = [line for line in lines if "clip_t" in line]
     assert "0.310" in line and "0.300" in line

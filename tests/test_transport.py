@@ -13,8 +13,10 @@ from fairness_dft.transport import (
     draw_counts,
     enumerate_counts,
     expected_assignment,
+    expected_joint_targets,
     expected_targets,
     mean_assignment,
+    relative_to_target,
     transport_cost,
 )
 
@@ -240,3 +242,97 @@ def test_a_draw_among_some_of_the_classes_is_no_target() -> None:
     shares = torch.tensor([[0.4, 0.4, 0.2], [0.5, 0.3, 0.2]])
     targets = Targets(shares, shares.argmax(1), shares.amax(1))
     assert targets.decided(0.3).tolist() == [False, True]
+
+
+def brute_force_joint(gender: torch.Tensor, age: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Expected joint assignment, with shape (n, K_1, K_2), by every draw and every permutation of it."""
+    classes = list(product(range(gender.shape[1]), range(age.shape[1])))
+    expected = torch.zeros(len(gender), *target.shape, dtype=torch.float64)
+    eyes = torch.eye(gender.shape[1], dtype=torch.float64), torch.eye(age.shape[1], dtype=torch.float64)
+
+    def distance(i: int, label: tuple[int, int]) -> float:
+        apart = (gender[i] - eyes[0][label[0]], age[i] - eyes[1][label[1]])
+        return math.sqrt(sum(float(difference @ difference) for difference in apart))
+
+    for draw in product(classes, repeat=len(gender)):
+        weight = np.prod([float(target[label]) for label in draw])
+        best = min(permutations(draw), key=lambda labels: sum(distance(i, label) for i, label in enumerate(labels)))
+        for i, label in enumerate(best):
+            expected[(i, *label)] += weight
+    return expected
+
+
+@pytest.mark.parametrize("images", [1, 2, 4])
+@pytest.mark.parametrize("table", [[[0.25, 0.25], [0.25, 0.25]], [[0.5, 0.1], [0.4, 0.0]], [[0.375, 0.125]] * 2])
+def test_joint_targets_equal_brute_force(images: int, table: list[list[float]]) -> None:
+    gender, age = random_probabilities(images, 2, seed=images), random_probabilities(images, 2, seed=images + 10)
+    target = torch.tensor(table, dtype=torch.float64)
+    expected = brute_force_joint(gender, age, target)
+    of_gender, of_age = expected_joint_targets([gender, age], target)
+    torch.testing.assert_close(of_gender.probabilities, expected.sum(2))
+    torch.testing.assert_close(of_age.probabilities, expected.sum(1))
+    for found in (of_gender, of_age):
+        torch.testing.assert_close(found.confidence, found.probabilities.amax(1))
+        torch.testing.assert_close(found.classes, found.probabilities.argmax(1))
+
+
+def test_joint_targets_of_three_attributes_follow_the_marginals() -> None:
+    seen = [random_probabilities(5, classes, seed=classes) for classes in (2, 3, 2)]
+    target = torch.rand(2, 3, 2, dtype=torch.float64)
+    target /= target.sum()
+    found = expected_joint_targets(seen, target, draws=20_000, generator=torch.Generator().manual_seed(0))
+    marginals = (target.sum((1, 2)), target.sum((0, 2)), target.sum((0, 1)))
+    for targets, marginal, values in zip(found, marginals, seen, strict=True):
+        assert targets.probabilities.shape == values.shape
+        torch.testing.assert_close(targets.probabilities.mean(0), marginal, rtol=0, atol=0.01)
+
+
+def test_joint_cost_is_in_the_order_of_the_flattened_product() -> None:
+    first, second = torch.tensor([[0.9, 0.1]]).numpy(), torch.tensor([[0.2, 0.3, 0.5]]).numpy()
+    cost = transport_cost(first, second).reshape(2, 3)
+    for i, j in product(range(2), range(3)):
+        apart = np.concatenate([first[0] - np.eye(2)[i], second[0] - np.eye(3)[j]])
+        np.testing.assert_allclose(cost[i, j], np.linalg.norm(apart), rtol=1e-6)
+
+
+def test_no_faces_have_no_joint_targets() -> None:
+    found = expected_joint_targets([torch.zeros(0, 2), torch.zeros(0, 4)], torch.full((2, 4), 1 / 8))
+    assert [tuple(targets.probabilities.shape) for targets in found] == [(0, 2), (0, 4)]
+
+
+def test_joint_target_of_another_shape_is_refused() -> None:
+    seen = [random_probabilities(3, 2), random_probabilities(3, 4)]
+    with pytest.raises(ValueError, match="`target` must be one non-negative probability per class"):
+        expected_joint_targets(seen, [0.125] * 8)
+    with pytest.raises(ValueError, match=r"with shape \(n, 4\)"):
+        expected_joint_targets(seen, torch.full((4, 2), 1 / 8))
+
+
+def test_rescaling_makes_the_targets_share_the_even_point() -> None:
+    young_old = np.array([0.75, 0.25])
+    relative = relative_to_target(np.array([[0.75, 0.25], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0]]), young_old)
+    np.testing.assert_allclose(relative, [[0.5, 0.5], [0.75, 0.25], [0.25, 0.75], [0, 1]], atol=1e-9)
+    values = random_probabilities(5, 4).numpy()
+    np.testing.assert_allclose(relative_to_target(values, np.full(4, 0.25)), values)
+    excluded = relative_to_target(np.array([[0.2, 0.5, 0.3], [0.0, 1.0, 0.0]]), np.array([0.5, 0.0, 0.5]))
+    np.testing.assert_allclose(excluded, [[0.4, 0, 0.6], [0.5, 0, 0.5]], atol=1e-9)
+
+
+def test_rescaling_decides_who_becomes_old_in_a_joint_target() -> None:
+    """Half the faces shall be women, a quarter old, independently.
+
+    The second face, clearly a man's, is old with 0.3, more than the target's quarter; the third, clearly a woman's,
+    with 0.1, which is less. Relative to the target the second is asked to become old more often, the third less.
+    """
+    gender = torch.tensor([[0.55, 0.45], [0.95, 0.05], [0.05, 0.95], [0.05, 0.95]], dtype=torch.float64)
+    age = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.9, 0.1]], dtype=torch.float64)
+    target = torch.tensor([[0.375, 0.125], [0.375, 0.125]], dtype=torch.float64)
+    (_, plain), (_, rescaled) = (
+        expected_joint_targets([gender, age], target, rescale_cost=rescale) for rescale in (False, True)
+    )
+    assert rescaled.probabilities[1, 1] > plain.probabilities[1, 1] + 0.04
+    assert rescaled.probabilities[2, 1] < plain.probabilities[2, 1] - 0.04
+    # Nothing changes in the sums, nor for one attribute alone, whose order stays what it was.
+    torch.testing.assert_close(rescaled.probabilities.sum(0), plain.probabilities.sum(0))
+    one = [expected_joint_targets([age], target[0] * 2, rescale_cost=r)[0].probabilities for r in (False, True)]
+    torch.testing.assert_close(*one)

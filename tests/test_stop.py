@@ -1,0 +1,127 @@
+"""Steps that are not finite are skipped, counted, and end a run where they do not end; precisions that round."""
+
+import math
+
+import pytest
+import torch
+from lightning import Callback
+from miniature import finetuning, prompts, trainer
+
+from fairness_dft.adapters import Combined, PromptPrefix, TextEncoderLoRA, UNetLoRA
+from fairness_dft.cli import resumable
+from fairness_dft.sampler import Sampler
+from fairness_dft.stop import FiniteSteps
+
+
+class Poison(Callback):
+    """Spoils the loss, or only a gradient, of some batches, and remembers the adapter after every batch."""
+
+    def __init__(self, what, batches):
+        self.what, self.batches, self.states = what, batches, []
+
+    def setup(self, trainer, module, stage):
+        step = module.training_step
+
+        def poisoned(batch, batch_idx):
+            loss = step(batch, batch_idx)
+            if trainer.fit_loop.total_batch_idx not in self.batches:
+                return loss
+            if self.what == "loss":
+                return loss * math.nan
+            loss.register_hook(lambda gradient: gradient * math.inf)
+            return loss
+
+        module.training_step = poisoned
+
+    def on_train_start(self, trainer, module):
+        self.states.append(module.adapter.state_dict("trained"))
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.states.append(module.adapter.state_dict("trained"))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, what):
+    module, guard, poison = finetuning(weight_decay=0.5), FiniteSteps(), Poison(what, {1, 2, 4})
+    fit = trainer(tmp_path, max_steps=6, gradient_clip_val=1.0, callbacks=[poison, guard])
+    fit.fit(module, prompts(images_per_prompt=4))
+    same = [
+        all(torch.equal(before[key], after[key]) for key in before)
+        for before, after in zip(poison.states, poison.states[1:], strict=False)
+    ]
+    assert same == [False, True, True, False, True, False]
+    assert guard.skipped == 3 and fit.callback_metrics["skipped/steps"] == 3
+    assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
+    moments = [state["step"] for state in fit.optimizers[0].state.values()]
+    assert {int(steps) for steps in moments} == {3}
+
+
+def test_accumulated_batches_are_skipped_together(tmp_path):
+    module, guard, poison = finetuning(), FiniteSteps(), Poison("loss", {0})
+    fit = trainer(tmp_path, max_steps=2, accumulate_grad_batches=2, callbacks=[poison, guard])
+    fit.fit(module, prompts(images_per_prompt=4))
+    assert guard.skipped == 1
+    first, *_, last = poison.states
+    assert all(torch.equal(first[key], poison.states[2][key]) for key in first)
+    assert not all(torch.equal(first[key], last[key]) for key in first)
+
+
+def test_many_in_a_row_end_the_run_with_what_was_good(tmp_path):
+    module, poison = finetuning(), Poison("loss", set(range(1, 9)))
+    fit = trainer(tmp_path, max_steps=9, callbacks=[poison, FiniteSteps(patience=3)])
+    with pytest.raises(ValueError, match="not finite in 3 steps in a row.*--ckpt_path.*--model.learning_rate") as stop:
+        fit.fit(module, prompts(images_per_prompt=4))
+    file = tmp_path / "checkpoints" / "stopped-step=4.ckpt"
+    assert str(file) in str(stop.value)
+    resumable(file)
+    state = torch.load(file, weights_only=True)["state_dict"]
+    for key, tensor in poison.states[1].items():
+        torch.testing.assert_close(state[f"trained.{key}"], tensor, rtol=0, atol=0)
+
+
+def test_the_count_is_resumed():
+    guard = FiniteSteps()
+    guard.load_state_dict({"skipped": 7})
+    assert guard.state_dict() == {"skipped": 7}
+    with pytest.raises(ValueError, match="finite_steps.patience must be at least 1, but got 0"):
+        FiniteSteps(patience=0)
+
+
+ADAPTERS = {
+    "text_encoder": lambda: TextEncoderLoRA(rank=2),
+    "unet": lambda: UNetLoRA(rank=2),
+    "both": lambda: Combined([TextEncoderLoRA(rank=2), UNetLoRA(rank=2)]),
+    "prefix": lambda: PromptPrefix(length=2),
+}
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, module, outputs, *_):
+        self.values.append(float(outputs["loss"]))
+
+
+def losses(folder, adapter, precision, **settings):
+    sampler = Sampler(steps=2, guidance_scale=2.0)
+    module, seen, guard = finetuning(adapter=adapter, sampler=sampler), Losses(), FiniteSteps()
+    fit = trainer(folder, max_steps=2, precision=precision, callbacks=[seen, guard], **settings)
+    fit.fit(module, prompts(images_per_prompt=4))
+    assert {parameter.dtype for parameter in module.adapter.parameters()} == {torch.float32}
+    assert all(parameter.isfinite().all() for parameter in module.adapter.parameters())
+    return seen.values, guard.skipped
+
+
+@pytest.mark.parametrize("kind", ["both", "prefix"])
+def test_mixed_precision_trains(tmp_path, kind):
+    values, skipped = losses(tmp_path, ADAPTERS[kind](), "bf16-mixed")
+    assert skipped == 0 and all(map(math.isfinite, values)) and values[0] != values[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_mixed_precision_on_a_gpu(tmp_path, kind, precision):
+    values, skipped = losses(tmp_path, ADAPTERS[kind](), precision, accelerator="gpu")
+    assert all(map(math.isfinite, values)) and skipped <= 1
