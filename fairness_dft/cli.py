@@ -228,6 +228,7 @@ def run_main(main: Any) -> None:
         logging.getLogger(talker).setLevel(logging.WARNING)
     for own in (".*LeafSpec.*deprecated", ".*all_gather is deprecated"):  # calls that lightning makes
         warnings.filterwarnings("ignore", message=own, category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run has a folder of its own
     try:
         main()
     except (ValueError, MisconfigurationException) as error:

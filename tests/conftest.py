@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, the same random numbers; without a GPU, its tests are skipped."""
+"""What holds for every test: one thread, the same random numbers; what the machine cannot run is skipped."""
 
 import pytest
 import torch
@@ -6,11 +6,16 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        skips["gpu"] = "needs a CUDA device"
+    if "large" not in config.getoption("markexpr"):
+        skips["large"] = "needs gigabytes and minutes: -m large"
+    for item in items:
+        for mark, reason in skips.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

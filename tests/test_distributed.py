@@ -1,4 +1,4 @@
-"""Two processes that talk over gloo do what one process with the whole batch does."""
+"""Two processes that talk over gloo do what one process with the whole batch does, also stopped and resumed."""
 
 import json
 import os
@@ -13,25 +13,37 @@ from test_cli import MINIATURE, ROOT, SMALL
 
 def fit(folder: Path, *more: str) -> Path:
     """Run the command as a user does; return its run folder."""
-    more = (f"--output={folder}", "--name=run", "--adapter_average.decay=0.5", *more)  # so that two steps show in it
+    more = (f"--output={folder}", "--name=run", *more)
     command = [sys.executable, "-m", "fairness_dft.fit", *MINIATURE, *SMALL, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert all("Seed set to 0" in line for line in done.stderr.splitlines()), done.stderr  # nothing to worry about
-    return folder / "run" / "version_0"
+    return max((folder / "run").iterdir())
+
+
+JOINT = (
+    "--model.attribute.name=[gender, race]",  # eight classes, more than the images of a rank
+    "--model.schedule=constant",
+    "--adapter_average.decay=0.5",  # so that five steps show in it
+    "--trainer.val_check_interval=3",
+)
+TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
-    alone = fit(tmp_path_factory.mktemp("alone"))
-    together = fit(tmp_path_factory.mktemp("together"), "--trainer.devices=2", "--trainer.strategy=ddp")
-    return alone, together
+    """One process for five steps; two for three and, from their checkpoint, for two more."""
+    alone = fit(tmp_path_factory.mktemp("alone"), *JOINT, "--trainer.max_steps=5")
+    folder = tmp_path_factory.mktemp("together")
+    begun = fit(folder, *JOINT, *TWO, "--trainer.max_steps=3", "--trainer.limit_test_batches=0")
+    [checkpoint] = (begun / "checkpoints").glob("*step=3.ckpt")
+    return alone, fit(folder, *JOINT, *TWO, "--trainer.max_steps=5", f"--ckpt_path={checkpoint}")
 
 
 def test_two_processes_train_the_same_adapter(runs):
     for name in ("trained", "ema"):
-        file = Path("adapters", "step_000002", name, "pytorch_lora_weights.safetensors")
+        file = Path("adapters", "step_000005", name, "pytorch_lora_weights.safetensors")
         alone, together = (load_file(run / file) for run in runs)
         grown = [tensor.abs().max() for key, tensor in alone.items() if key.endswith("up.weight")]
         assert max(grown) > 1e-3  # it was trained
@@ -47,3 +59,11 @@ def test_two_processes_measure_the_same(runs):
     for measure, models in alone["kept"].items():
         for model, value in models.items():
             assert together["kept"][measure][model] == pytest.approx(value, abs=1e-3)
+
+
+def test_a_rank_without_any_face_does_not_hang_the_other(tmp_path):
+    run = fit(tmp_path, *TWO, "--model.judge.faces=odd_ranks.BlindRank")
+    content = json.loads((run / "results.json").read_text())["bias"]["training"]["gender"]["ema"]
+    assert (content["images"], content["without_face"]) == (8, 4)
+    state = load_file(run / "adapters" / "step_000002" / "trained" / "pytorch_lora_weights.safetensors")
+    assert max(tensor.abs().max() for key, tensor in state.items() if key.endswith("up.weight")) > 1e-3
