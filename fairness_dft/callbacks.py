@@ -35,19 +35,30 @@ class AdapterAverage(Callback):
 
     Args:
         decay: share of the average that each step keeps, in [0, 1) (paper: 0.996).
+        start: if given, the average begins anew after so many steps and is then the plain mean of all adapters since,
+            until `decay` would forget the first: so a short run can average its whole second half.
     """
 
-    def __init__(self, decay: float = 0.996) -> None:
+    def __init__(self, decay: float = 0.996, start: int | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"adapter_average.decay must be at least 0 and below 1, but got {decay}")
-        self.decay = decay
+        if start is not None and start < 0:
+            raise ValueError(f"adapter_average.start must not be negative, but got {start}")
+        self.decay, self.start = decay, start
         self.averaged_steps = 0
+
+    def decay_at(self, step: int) -> float:
+        """Share of the average that optimizer step number `step`, from 1, keeps."""
+        if self.start is None or step <= self.start:
+            return self.decay
+        since = step - self.start
+        return min(self.decay, (since - 1) / since)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.global_step > self.averaged_steps:
             self.averaged_steps = trainer.global_step
-            pl_module.adapter.update_ema(self.decay)
+            pl_module.adapter.update_ema(self.decay_at(trainer.global_step))
 
     @override
     def state_dict(self) -> dict[str, Any]:

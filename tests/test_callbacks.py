@@ -72,10 +72,26 @@ def test_ema_waits_for_the_optimizer_step(tmp_path):
     assert average.averaged_steps == 1
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_average_since_a_step_is_the_plain_mean_of_the_adapters_since(start):
+    average, steps = AdapterAverage(0.9, start), np.random.default_rng(0).normal(size=8)
+    value, seen = 5.0, []
+    for step, trained in enumerate(steps, start=1):
+        kept = average.decay_at(step)
+        value = kept * value + (1 - kept) * trained
+        seen.append(value)
+        if step > start:
+            assert value == pytest.approx(steps[start:step].mean())
+    assert start == 0 or seen[0] == pytest.approx(0.9 * 5 + 0.1 * steps[0])
+    assert average.decay_at(start + 10) == average.decay_at(start + 500) == 0.9  # ten steps is as far as 0.9 remembers
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_decay_out_of_range(decay):
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         AdapterAverage(decay)
+    with pytest.raises(ValueError, match="adapter_average.start must not be negative, but got -1"):
+        AdapterAverage(start=-1)
 
 
 def test_bias_counts_what_the_judges_say(run):
