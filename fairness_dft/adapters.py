@@ -43,7 +43,7 @@ class Adapter(ABC):
 
     Attributes:
         active: The name of the model in use.
-        file: The name of its exported file.
+        file: The name of its exported file; of a combination, each part has its own.
         learning_rate: Its own learning rate; None for that of the run.
     """
 
@@ -192,30 +192,36 @@ class LoRA(Adapter):
     Args:
         rank: The rank of each product B A.
         alpha: The strength, relative to `rank`; equal to it by default.
-        target_modules: The names of the linear layers that get one.
+        target_modules: The names of the linear layers that get one; by default `modules`.
         learning_rate: The learning rate of this part; that of the run by default.
 
     Raises:
-        ValueError: If the rank is not positive.
+        ValueError: If the rank is not positive, or the learning rate is negative.
 
     Attributes:
+        modules: The names of the layers that get one by default.
         component: The name of the network, as an attribute of the model and in an exported file.
         factors: The names of A and B in an exported file.
     """
 
     file = "pytorch_lora_weights.safetensors"
     component: str
+    modules: Sequence[str]
     factors = ("lora_A", "lora_B")
 
     def __init__(
-        self, rank: int, alpha: float | None, target_modules: Sequence[str], learning_rate: float | None
+        self,
+        rank: int = 50,
+        alpha: float | None = None,
+        target_modules: Sequence[str] | None = None,
+        learning_rate: float | None = None,
     ) -> None:
         if rank < 1:
             raise ValueError(f"`rank` must be at least 1, but got {rank}")
         self.rank = rank
         self.alpha = rank if alpha is None else alpha
-        self.target_modules = list(target_modules)
-        self.learning_rate = learning_rate
+        self.target_modules = list(self.modules if target_modules is None else target_modules)
+        self.learning_rate = checked_rate(learning_rate)
 
     @override
     def attach(self, model: TextToImage) -> None:
@@ -275,20 +281,12 @@ class LoRA(Adapter):
 
 
 class TextEncoderLoRA(LoRA):
-    """LoRA in the attention and the MLP of the text encoder; see `LoRA`."""
+    """LoRA in the text encoder, by default in its attention and MLP; see `LoRA`."""
 
     component = "text_encoder"
+    modules = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     # PEFT's own names, lora_A and lora_B, diffusers knows in the attention only.
     factors = ("lora_linear_layer.down", "lora_linear_layer.up")
-
-    def __init__(
-        self,
-        rank: int = 50,
-        alpha: float | None = None,
-        target_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        learning_rate: float | None = None,
-    ) -> None:
-        super().__init__(rank, alpha, target_modules, learning_rate)
 
     @override
     def _exported(self, path: str) -> str:
@@ -297,18 +295,10 @@ class TextEncoderLoRA(LoRA):
 
 
 class UNetLoRA(LoRA):
-    """LoRA in the attention of the U-Net; see `LoRA`."""
+    """LoRA in the U-Net, by default in its attention; see `LoRA`."""
 
     component = "unet"
-
-    def __init__(
-        self,
-        rank: int = 50,
-        alpha: float | None = None,
-        target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),
-        learning_rate: float | None = None,
-    ) -> None:
-        super().__init__(rank, alpha, target_modules, learning_rate)
+    modules = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Combined(Adapter):
@@ -361,7 +351,7 @@ class PromptPrefix(Adapter):
         learning_rate: The learning rate of this part; that of the run by default.
 
     Raises:
-        ValueError: If the length is not positive.
+        ValueError: If the length is not positive, the token has another form or the learning rate is negative.
     """
 
     file = "learned_embeds.safetensors"
@@ -369,15 +359,20 @@ class PromptPrefix(Adapter):
     def __init__(self, length: int = 5, token: str = "<fair>", learning_rate: float | None = None) -> None:
         if length < 1:
             raise ValueError(f"`length` must be at least 1, but got {length}")
+        if not re.fullmatch(r"<[^<>\s]+>", token):
+            raise ValueError(f"`token` must be a word in angle brackets, such as <fair>, but got {token!r}")
         self.length = length
         self.token = token
-        self.learning_rate = learning_rate
+        self.learning_rate = checked_rate(learning_rate)
 
     @override
     def attach(self, model: TextToImage) -> None:
         tokenizer, text_encoder = getattr(model, "tokenizer", None), getattr(model, "text_encoder", None)
         if tokenizer is None or text_encoder is None:
             raise ValueError("the text-to-image model has no tokenizer and text encoder: choose another adapter")
+        most = (min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings) - 2) // 2
+        if self.length > most:
+            raise ValueError(f"`length` must be at most {most}, half of what the text encoder reads, got {self.length}")
         words = [self.token, *(f"{self.token}_{i}" for i in range(1, self.length))]  # as diffusers names them
         if known := set(words) & tokenizer.get_vocab().keys():
             raise ValueError(f"`token` must be a new word, but the tokenizer knows {', '.join(sorted(known))}")
@@ -386,7 +381,7 @@ class PromptPrefix(Adapter):
         drawn = [whole[i] for i in torch.randint(len(whole), (self.length,)).tolist()]
         first = len(tokenizer)
         tokenizer.add_tokens(words)
-        self._model, self._words = model, " ".join([*words, ""])
+        self._model, self._words = model, " ".join(words) + " "
         self._embedding = PrefixEmbedding(text_encoder.get_input_embeddings(), first, drawn)
         text_encoder.set_input_embeddings(self._embedding)
         self.switch("trained")
@@ -429,3 +424,14 @@ class PrefixEmbedding(nn.Module):
             return embeddings
         prefix = self.prefixes[self.active].to(embeddings.dtype)
         return torch.where(soft[..., None], prefix[(tokens - self.first).clamp(min=0)], embeddings)
+
+
+def checked_rate(learning_rate: float | None) -> float | None:
+    """Returns a part's own learning rate.
+
+    Raises:
+        ValueError: If it is negative.
+    """
+    if learning_rate is not None and learning_rate < 0:
+        raise ValueError(f"`learning_rate` must not be negative, but got {learning_rate}")
+    return learning_rate

@@ -59,19 +59,18 @@ class Attribute:
             raise ValueError(f"attribute.name must be one attribute or several different ones, but got {self.name}")
         for setting in ("confidence", "factor1", "factor2"):
             value = getattr(self, setting)
-            for name, number in value.items() if isinstance(value, Mapping) else [("", value)]:
-                if name and name not in self.names:
-                    raise ValueError(f"attribute.{setting} names {name}, but aligned is {', '.join(self.names)}")
-                if not 0 <= number <= 1:
-                    of = f" of {name}" if name else ""
-                    raise ValueError(f"attribute.{setting}{of} must be between 0 and 1, but got {number}")
-            if isinstance(value, Mapping) and (missing := [name for name in self.names if name not in value]):
-                raise ValueError(f"attribute.{setting} must name every attribute, but lacks {', '.join(missing)}")
+            numbers = value if isinstance(value, Mapping) else dict.fromkeys(self.names, value)
+            if set(numbers) != set(self.names):
+                wanted = f"must be one number, or one for each of {', '.join(self.names)}"
+                raise ValueError(f"attribute.{setting} {wanted}, but got {value}")
+            if not all(0 <= number <= 1 for number in numbers.values()):
+                raise ValueError(f"attribute.{setting} must be between 0 and 1, but got {value}")
 
     @property
     def names(self) -> tuple[str, ...]:
         """The attributes that are aligned jointly."""
-        return factors(self.name) if isinstance(self.name, str) else tuple(self.name)
+        listed = [self.name] if isinstance(self.name, str) else self.name
+        return tuple(name for label in listed for name in attributes_of(label))
 
     @property
     def label(self) -> str:
@@ -141,6 +140,6 @@ def shares(where: str, target: Shares, classes: Sequence[str]) -> Tensor:
     return torch.tensor(target, dtype=torch.float64)
 
 
-def factors(label: str) -> tuple[str, ...]:
+def attributes_of(label: str) -> tuple[str, ...]:
     """The attributes of a product: gender and race of "gender×race", gender alone of "gender"."""
     return tuple(label.split(TIMES))

@@ -36,7 +36,7 @@ class AdapterAverage(Callback):
     Args:
         decay: share of the average that each step keeps, in [0, 1) (paper: 0.996).
         start: if given, the average begins anew after so many steps and is then the plain mean of all adapters since,
-            until `decay` would forget the first: so a short run can average its whole second half.
+            until these are more than 1 / (1 - decay): so a short run can average its whole second half.
     """
 
     def __init__(self, decay: float = 0.996, start: int | None = None) -> None:
@@ -365,8 +365,13 @@ class StepBar(TQDMProgressBar):
     It shows the loss, the bias of the batch beside what a fair model would have in so few images, and the speed.
     """
 
-    short = {"loss/total": "loss", "batch/bias": "bias", "batch/floor": "floor", "speed/images_per_second": "images/s"}
-    short |= {"skipped/steps": "skipped"}
+    short = {
+        "loss/total": "loss",
+        "batch/bias": "bias",
+        "batch/floor": "floor",
+        "speed/images_per_second": "images/s",
+        "skipped/steps": "skipped",
+    }
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

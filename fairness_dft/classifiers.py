@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import final, override
 
-from fairness_dft.attributes import factors
+from fairness_dft.attributes import attributes_of
 from fairness_dft.faces import FaceFinder, Faces, WholeFrame, whole_frame_boxes
 from fairness_dft.loading import quiet, resolve
 from fairness_dft.preprocessing import Preprocessing
@@ -44,7 +44,7 @@ class Verdict:
     def classes(self, attribute: str) -> Tensor:
         """The most probable class, int64 with shape (N,), of one attribute or of a product, as in `Judge.classes`."""
         index = torch.zeros_like(self.face, dtype=torch.long)
-        for name in factors(attribute):
+        for name in attributes_of(attribute):
             index = index * self.logits[name].shape[-1] + self.logits[name].argmax(-1)
         return index
 
@@ -217,7 +217,7 @@ class Judge(nn.Module):
 
     def reads(self, attribute: str) -> bool:
         """Whether the classifier has a head for an attribute, or for each one of a product."""
-        return all(name in self.classifier.heads for name in factors(attribute))
+        return all(name in self.classifier.heads for name in attributes_of(attribute))
 
     def classes(self, attribute: str) -> tuple[str, ...]:
         """Class names of one attribute, or of a product: "woman, dark" for gender×race.
@@ -225,13 +225,13 @@ class Judge(nn.Module):
         Raises:
             ValueError: if the classifier does not read it.
         """
-        for name in factors(attribute):
+        for name in attributes_of(attribute):
             if name not in self.classifier.heads:
                 raise ValueError(
                     f"the classifier does not read {name!r}, only {', '.join(self.classifier.heads)}: "
                     "choose one of these, or a classifier with that head"
                 )
-        heads = [self.classifier.heads[name] for name in factors(attribute)]
+        heads = [self.classifier.heads[name] for name in attributes_of(attribute)]
         return tuple(", ".join(names) for names in product(*heads))
 
     def forward(self, images: Tensor) -> Verdict:

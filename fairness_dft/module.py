@@ -127,6 +127,18 @@ class FairFinetuning(LightningModule):
     def on_fit_start(self) -> None:
         # Lightning warns of networks in evaluation mode; here they are frozen on purpose.
         warnings.filterwarnings("ignore", message="Found .* in eval mode")
+        # And of a first step that was skipped, as the scaled loss of 16-mixed often makes it.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+
+    @override
+    def on_train_start(self) -> None:
+        # A checkpoint brings its own learning rates along; those of the configuration count.
+        rates = [group["lr"] for group in self.adapter.parameter_groups(self.learning_rate)]
+        for optimizer, scheduler in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            scheduler = scheduler.scheduler
+            scheduler.base_lrs = rates
+            for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+                group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -217,7 +229,10 @@ class FairFinetuning(LightningModule):
         """Optimal-transport targets of the global batch for each attribute, and this rank's share of them."""
         face = self.gather(verdict.face)
         names = self.attribute.names
-        probabilities = [self.gather(verdict.probabilities(name).detach())[face] for name in names]
+        probabilities = [self.gather(verdict.probabilities(name).detach()) for name in names]
+        for values in probabilities:  # a broken image has no target; the loss tells of it
+            face = face & values.isfinite().all(1)
+        probabilities = [values[face] for values in probabilities]
         found = expected_joint_targets(
             probabilities, target, self.draws, generator=random, rescale_cost=self.attribute.rescale_cost
         )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fairness_dft.attributes import TIMES
 from fairness_dft.metrics import BiasSummary, frequency_drift
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and grey for "no face".
@@ -109,7 +110,7 @@ def results(
     for (measure, model), value in kept.items():
         measures.setdefault(measure, {})[model] = _known(value)
     return {
-        "version": 1,
+        "version": 2,
         "attributes": list(attributes),
         "target": target,
         "bias": bias,
@@ -135,12 +136,13 @@ def print_results(content: dict, console: Console | None = None) -> None:
         caption="bias is against equal shares, whatever the target",
     )
     for column in ("attribute", "judge", "before", "after", "95 % int.", "floor", "drift"):
-        table.add_column(column, no_wrap=True, justify="left" if column in ("attribute", "judge") else "right")
+        left = column in ("attribute", "judge")
+        table.add_column(column, no_wrap=column != "attribute", justify="left" if left else "right")
     for judge, attributes in content["bias"].items():
         for name, models in attributes.items():
             before, after = models["original"], models["ema"]
             table.add_row(
-                name,
+                name.replace(TIMES, f" {TIMES} "),  # where it may be broken
                 judge,
                 f"{_number(before['bias'])}±{_number(before['spread'])}",
                 f"{_number(after['bias'])}±{_number(after['spread'])}",
@@ -165,15 +167,19 @@ def frequency_table(content: dict) -> Table:
     """How often each class of the aligned attributes was seen, beside its target."""
     others = ", ".join(content["run"].get("other_targets", ()))
     caption = f"targets of their own have {others}" if others else None
-    table = Table(title="Frequencies on the test prompts", caption=caption)
+    table = Table(title="Frequencies on the test prompts, each attribute by itself", caption=caption)
     for column in ("aligned", "class", "judge", "target", "before", "after"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("aligned", "class", "judge") else "right")
     for name in content["attributes"]:
         for judge, seen in content["bias"].items():
             if name in seen:
-                before, after = (seen[name][model]["frequencies"] for model in ("original", "ema"))
-                for index, (shown, share) in enumerate(content["target"][name].items()):
-                    table.add_row(name, shown, judge, *map(_number, (share, before[index], after[index])))
+                # By name: another judge may have its classes in another order.
+                before, after = (
+                    dict(zip(seen[name][model]["classes"], seen[name][model]["frequencies"], strict=True))
+                    for model in ("original", "ema")
+                )
+                for shown, share in content["target"][name].items():
+                    table.add_row(name, shown, judge, *map(_number, (share, before.get(shown), after.get(shown))))
     return table
 
 

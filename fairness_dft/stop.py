@@ -10,7 +10,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -79,9 +78,9 @@ class GracefulStop(Callback):
 class FiniteSteps(Callback):
     """Skips each optimizer step whose loss or gradient is not finite, on all ranks, and counts them.
 
-    Neither the adapter nor the optimizer's averages change in such a step. Where many follow each other, training
-    ends with a checkpoint of what was good. Under `16-mixed` the scale of the loss, which starts too large on
-    purpose, makes some of the first steps such.
+    Neither what is trained nor the optimizer's moments change in such a step. Where many follow each other, training
+    ends with a checkpoint of what was good. Under `16-mixed`, which tries ever larger scales of the loss, a step now
+    and then is such, the first ones more often.
 
     Args:
         patience: how many steps in a row end the run.
@@ -105,7 +104,7 @@ class FiniteSteps(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        finite = self.finite and bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        finite = self.finite and all(bool(gradient.isfinite().all()) for gradient in gradients)
         self.finite = True
         if trainer.strategy.reduce_boolean_decision(not finite, all=False):
             for parameter in parameters:

@@ -297,10 +297,17 @@ def test_state_of_another_adapter_is_refused_whole(folder: Path) -> None:
     assert_close(adapter.state_dict("trained"), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["text_encoder", "unet", "prefix"])
-def test_second_adapter_of_a_kind_is_refused(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("text_encoder", "the text encoder already has an adapter"),
+        ("unet", "the U-Net already has an adapter"),
+        ("prefix", "must be a new word, but the tokenizer knows <fair>"),
+    ],
+)
+def test_second_adapter_of_a_kind_is_refused(folder: Path, kind: str, message: str) -> None:
     model, adapter = attached(folder, kind)
-    with pytest.raises(ValueError, match="already has an adapter|must be a new word, but the tokenizer knows <fair>"):
+    with pytest.raises(ValueError, match=message):
         SMALL[kind]().attach(model)
     with pytest.raises(ValueError, match="`name` must be original, trained or ema, but got 'finetuned'"):
         adapter.switch("finetuned")
@@ -312,6 +319,12 @@ def test_refusals() -> None:
         UNetLoRA(rank=0)
     with pytest.raises(ValueError, match="`length` must be at least 1, but got 0"):
         PromptPrefix(length=0)
+    for token in ("", "fair", "<fair one>", "<fair><"):
+        with pytest.raises(ValueError, match="`token` must be a word in angle brackets, such as <fair>, but got"):
+            PromptPrefix(token=token)
+    for kind in (UNetLoRA, PromptPrefix):
+        with pytest.raises(ValueError, match="`learning_rate` must not be negative, but got -1"):
+            kind(learning_rate=-1)
     with pytest.raises(ValueError, match="`parts` must be adapters of different kinds.* but got none"):
         Combined([])
     with pytest.raises(ValueError, match="but got UNetLoRA, UNetLoRA"):
@@ -323,6 +336,12 @@ def test_refusals() -> None:
 def test_model_without_that_network(adapter: Adapter, what: str) -> None:
     with pytest.raises(ValueError, match=f"the text-to-image model has no {what}: choose another adapter"):
         adapter.attach(torch.nn.Module())
+
+
+def test_a_prefix_leaves_room_for_the_prompt(folder: Path) -> None:
+    attached(folder, "prefix", length=7)  # of 16 tokens, two of which mark begin and end
+    with pytest.raises(ValueError, match="`length` must be at most 7, half of what the text encoder reads, got 8"):
+        attached(folder, "prefix", length=8)
 
 
 def test_unknown_target_modules(folder: Path) -> None:

@@ -106,7 +106,7 @@ def test_targets_of_prompts_stand_beside_the_default() -> None:
     torch.testing.assert_close(found["ceo"].sum(1), torch.tensor([0.3, 0.7], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["gender×age", ["gender", "age"]])
+@pytest.mark.parametrize("name", ["gender×age", ["gender", "age"], ["gender×age"]])
 def test_a_product_is_named_like_one(name: str | list[str]) -> None:
     attribute = Attribute(name, factor1={"gender": 0.2, "age": 0.6}, confidence=0.7)
     assert attribute.names == ("gender", "age") and attribute.label == "gender×age"
@@ -139,9 +139,13 @@ def test_a_joint_target_that_does_not_fit_is_refused(target: object, message: st
     [
         ({"name": []}, "attribute.name must be one attribute or several different ones, but got"),
         ({"name": ["age", "age"]}, "several different ones"),
-        ({"factor1": {"race": 0.5}}, "attribute.factor1 names race, but aligned is gender"),
-        ({"name": ["gender", "age"], "factor2": {"age": 0.5}}, "factor2 must name every attribute, but lacks gender"),
-        ({"confidence": {"gender": 2}}, "attribute.confidence of gender must be between 0 and 1, but got 2"),
+        ({"name": ["gender×age", "age"]}, "several different ones"),
+        ({"factor1": {"race": 0.5}}, "attribute.factor1 must be one number, or one for each of gender, but got"),
+        (
+            {"name": ["gender", "age"], "factor2": {"age": 0.5}},
+            "one number, or one for each of gender, age",
+        ),
+        ({"confidence": {"gender": 2}}, "attribute.confidence must be between 0 and 1, but got {'gender': 2}"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:

@@ -105,7 +105,7 @@ def test_every_experiment_runs_on_the_miniature(name, tmp_path, capsys):
     content = json.loads((tmp_path / name / "version_0" / "results.json").read_text())
     given = yaml.safe_load(file.read_text())["model"]
     attributes = given["attribute"]["name"]
-    assert content["attributes"] == attributes if isinstance(attributes, list) else [attributes]
+    assert content["attributes"] == (attributes if isinstance(attributes, list) else [attributes])
     assert {"×".join(content["attributes"]), *content["attributes"]} == content["target"].keys()
     built = yaml.safe_load((tmp_path / name / "version_0" / "config.yaml").read_text())["model"]
     assert built["adapter"]["class_path"] == given["adapter"]["class_path"]
@@ -142,7 +142,10 @@ def test_missing_weights_earn_one_line_and_no_traceback(tmp_path):
         (["--data.init_args.images_per_prompt=0"], "images_per_prompt must be at least 1"),
         (["--model.attribute.name=height"], "does not read 'height'"),
         (["--model.attribute.name=[gender, gender]"], "one attribute or several different ones"),
-        (["--model.attribute.factor1={race: 0.2}"], "attribute.factor1 names race, but aligned is gender"),
+        (
+            ["--model.attribute.factor1={race: 0.2}"],
+            "factor1 must be one number, or one for each of gender",
+        ),
         (["--model.attribute.targets={spots: uniform}"], "'spots' is no prompt, subject or concept of the prompts"),
         (["--model.attribute.targets={occupation: [1]}"], "attribute.targets of 'occupation' must be 2 numbers"),
         (["--ckpt_path=nowhere.ckpt"], "no file 'nowhere.ckpt'"),

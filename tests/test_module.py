@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import Verdict
+from fairness_dft.faces import WholeFrame
 from fairness_dft.features import Clip
 from fairness_dft.metrics import class_bias
 from fairness_dft.sampler import Sampler
@@ -152,6 +153,23 @@ def test_the_most_particular_target_is_taken():
         module.judge.load()
         module.distributions = module.attribute.distributions({"gender": module.judge.classes("gender")})
         assert module.target(batch.prompt).tolist() == pytest.approx([share, 1 - share])
+
+
+def test_a_broken_image_has_no_target_and_the_loss_tells_of_it(module, monkeypatch):
+    logged = {}
+    record(monkeypatch, module, logged)
+    monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+    module.judge.faces = WholeFrame()
+    decode = module.generator.decode
+
+    def broken(latents):
+        images = decode(latents)
+        images[0] = float("nan")
+        return images
+
+    monkeypatch.setattr(module.generator, "decode", broken)
+    loss = module.training_step(first_batch(images_per_prompt=6), 0)
+    assert loss.isnan() and logged["loss/alignment"] > 0 and logged["faces/with_target"] <= 5 / 6
 
 
 def test_originals_are_remembered_where_their_noise_recurs_and_change_nothing(module, monkeypatch):

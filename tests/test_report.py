@@ -144,7 +144,7 @@ def test_results_survive_the_way_to_the_file_and_back(tmp_path: Path) -> None:
             assert models["drift"] == pytest.approx(15 / 19 - 9 / 19)
             assert models["original"]["without_face"] == 1
     assert found["kept"] == {"clip_t": {"original": 0.31, "ema": 0.3}, "dino": {"ema": 0.9}}
-    assert found["attributes"] == ["gender"] and found["run"] == {"steps": 3} and found["version"] == 1
+    assert found["attributes"] == ["gender"] and found["run"] == {"steps": 3} and found["version"] == 2
 
 
 def test_what_is_not_known_is_null(tmp_path: Path) -> None:
@@ -200,3 +200,31 @@ def test_the_table_names_every_judge_and_attribute() -> None:
     assert "–" in line and "0.900" in line
     (line,) = [line for line in lines if "without a face" in line]
     assert line.count("0.050") == 2
+
+
+def test_a_judge_with_its_classes_in_another_order_is_read_by_name() -> None:
+    stream, found = io.StringIO(), content([[9, 0], [6, 4]], [[4, 5], [5, 5]])
+    for model in ("original", "ema"):
+        gender = found["bias"]["independent"]["gender"][model]
+        gender["classes"], gender["frequencies"] = gender["classes"][::-1], gender["frequencies"][::-1]
+    print_results(found, Console(file=stream, width=200))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in stream.getvalue().splitlines()]
+    figures = {(row[1], row[2]): row[3:] for row in rows if len(row) == 6 and row[0] == "gender"}
+    assert figures["man", "training"] == figures["man", "independent"] == ["0.25", "0.79", "0.47"]
+    assert figures["woman", "training"] == figures["woman", "independent"] == ["0.75", "0.21", "0.53"]
+
+
+def test_the_tables_fit_a_terminal_of_eighty_columns() -> None:
+    names = {"gender": CLASSES, "race": CLASSES, "age": CLASSES, "gender×race": CLASSES, "gender×race×age": CLASSES}
+    measured = {
+        (judge, name, model): summarize_bias(torch.tensor([[30, 18], [2, 46]]), torch.tensor([1, 0]), classes)
+        for judge in ("training", "independent")
+        for name, classes in names.items()
+        for model in ("original", "ema")
+    }
+    target = {name: {"man": 0.5, "woman": 0.5} for name in names}
+    found = results(["gender", "race", "age"], target, measured, {("clip_t", "ema"): 0.3}, {"steps": 3})
+    stream = io.StringIO()
+    print_results(found, Console(file=stream, width=80))
+    assert "…" not in stream.getvalue() and "drift" in stream.getvalue()
+    assert max(map(len, stream.getvalue().splitlines())) <= 80

@@ -55,6 +55,22 @@ def test_stopped_run_says_how_to_go_on_and_goes_on_as_if_it_had_not_been(tmp_pat
         torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
 
 
+@MOVED
+def test_a_resumed_run_learns_at_the_rate_that_it_is_given(tmp_path):
+    rates = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    for folder, steps, checkpoint in (("first", 2, None), ("second", 4, tmp_path / "first" / "step=2.ckpt")):
+        module = finetuning(learning_rate=2e-3 if rates else 1e-3, schedule="linear")
+        saved = ModelCheckpoint(tmp_path / folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        fit = trainer(tmp_path / folder, max_steps=steps, callbacks=[Watch(), saved], enable_checkpointing=True)
+        fit.fit(module, prompts(images_per_prompt=2), ckpt_path=checkpoint)
+    assert rates == pytest.approx([1e-3, 0.5e-3, 1e-3, 0.5e-3])  # of 2e-3, a half and a quarter of four steps are left
+
+
 def test_a_signal_in_the_last_validation_ends_the_run_too(tmp_path, capsys):
     class InValidation(Callback):
         def on_validation_end(self, trainer, module):

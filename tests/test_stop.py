@@ -109,14 +109,16 @@ def losses(folder, adapter, precision, **settings):
     fit = trainer(folder, max_steps=2, precision=precision, callbacks=[seen, guard], **settings)
     fit.fit(module, prompts(images_per_prompt=4))
     assert {parameter.dtype for parameter in module.adapter.parameters()} == {torch.float32}
-    assert all(parameter.isfinite().all() for parameter in module.adapter.parameters())
+    for key, tensor in module.adapter.state_dict("trained").items():
+        # Each step of AdamW moves by the learning rate, 1e-3, what has a gradient; the factor B starts at zero.
+        assert tensor.isfinite().all() and ("up" not in key and "lora_B" not in key or tensor.abs().max() > 5e-4)
     return seen.values, guard.skipped
 
 
 @pytest.mark.parametrize("kind", ["both", "prefix"])
 def test_mixed_precision_trains(tmp_path, kind):
     values, skipped = losses(tmp_path, ADAPTERS[kind](), "bf16-mixed")
-    assert skipped == 0 and all(map(math.isfinite, values)) and values[0] != values[1]
+    assert skipped == 0 and all(map(math.isfinite, values))
 
 
 @pytest.mark.gpu
