@@ -134,10 +134,12 @@ class FairFinetuning(LightningModule):
     def on_train_start(self) -> None:
         # A checkpoint brings its own learning rates along; those of the configuration count.
         rates = [group["lr"] for group in self.adapter.parameter_groups(self.learning_rate)]
-        for optimizer, scheduler in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
-            scheduler = scheduler.scheduler
+        for config in self.trainer.lr_scheduler_configs:
+            if config.name != "learning_rate":
+                continue  # it is not the one of `configure_optimizers`: the user brought another optimizer
+            scheduler = config.scheduler
             scheduler.base_lrs = rates
-            for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+            for group, rate, factor in zip(scheduler.optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
                 group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
 
     @override

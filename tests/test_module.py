@@ -52,6 +52,15 @@ def first_batch(**settings):
     return next(iter(prompts(**settings).train_dataloader()))
 
 
+@torch.no_grad()
+def sample_both(module, batch):
+    """Images of the trained and of the original model from the same noise."""
+    noise = module.generator.noise(batch.seeds)
+    with module.adapter.using("original"):
+        original = module.sampler(module.generator, batch.prompt.text, noise)
+    return module.sampler(module.generator, batch.prompt.text, noise), original
+
+
 def test_training_step_is_the_algorithm_written_out(module, monkeypatch):
     move(module, 0.3)
     batch = first_batch(images_per_prompt=12)
@@ -60,11 +69,8 @@ def test_training_step_is_the_algorithm_written_out(module, monkeypatch):
     monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
     loss = module.training_step(batch, 0)
 
-    noise = module.generator.noise(batch.seeds)
+    images, original = sample_both(module, batch)
     with torch.no_grad():
-        with module.adapter.using("original"):
-            original = module.sampler(module.generator, batch.prompt.text, noise)
-        images = module.sampler(module.generator, batch.prompt.text, noise)
         seen, before = module.judge(images), module.judge(original)
         logits = seen.logits["gender"]
         targets = expected_targets(logits.softmax(-1)[seen.face], [0.5, 0.5])
@@ -108,11 +114,8 @@ def test_joint_training_step_is_the_algorithm_written_out(monkeypatch):
     monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
     loss = module.training_step(batch, 0)
 
-    noise = module.generator.noise(batch.seeds)
+    images, original = sample_both(module, batch)
     with torch.no_grad():
-        with module.adapter.using("original"):
-            original = module.sampler(module.generator, batch.prompt.text, noise)
-        images = module.sampler(module.generator, batch.prompt.text, noise)
         seen, before = module.judge(images), module.judge(original)
         pair = [seen.logits[name].softmax(-1)[seen.face] for name in ("gender", "age")]
         young = module.judge.classes("age").index("young")
@@ -318,3 +321,11 @@ def test_clip_text_and_image_share_a_space(module):
     clip = next(network for network in module.features if isinstance(network, Clip))
     image = torch.rand(2, 3, 64, 64)
     assert clip(image).shape[1] == clip.embed_text(["a chef"]).shape[1]
+
+
+def test_a_users_own_optimizer_keeps_its_rate(tmp_path):
+    module = finetuning()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.adapter.parameters(), lr=0.125)
+    fit = trainer(tmp_path, max_steps=1)
+    fit.fit(module, prompts(images_per_prompt=2))
+    assert [group["lr"] for group in fit.optimizers[0].param_groups] == [0.125]

@@ -72,7 +72,7 @@ def folder(request, tmp_path_factory) -> Iterator[Path]:
     shutil.rmtree(made)
 
 
-def step(folder: Path, tmp_path: Path, resolution: int, images: int, steps: int, **settings):
+def check_one_step(folder: Path, tmp_path: Path, resolution: int, images: int, steps: int, **settings):
     """One optimizer step on one prompt, by the command's own classes."""
     generator = StableDiffusion(str(folder), resolution=resolution, weights_dtype=settings.pop("dtype", "float32"))
     adapter = Combined([TextEncoderLoRA(), UNetLoRA(), PromptPrefix()])
@@ -91,7 +91,7 @@ def step(folder: Path, tmp_path: Path, resolution: int, images: int, steps: int,
 
 
 def test_one_step_at_low_resolution(folder, tmp_path, capsys):
-    step(folder, tmp_path, resolution=64, images=2, steps=2)
+    check_one_step(folder, tmp_path, resolution=64, images=2, steps=2)
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     with capsys.disabled():
         print(f"\npeak memory so far: {gigabytes:.1f} GiB of main memory")
@@ -100,6 +100,8 @@ def test_one_step_at_low_resolution(folder, tmp_path, capsys):
 @pytest.mark.gpu
 def test_one_step_at_full_resolution(folder, tmp_path, capsys):
     torch.cuda.reset_peak_memory_stats()
-    step(folder, tmp_path, 512, images=4, steps=20, dtype="bfloat16", accelerator="gpu", precision="bf16-mixed")
+    check_one_step(
+        folder, tmp_path, 512, images=4, steps=20, dtype="bfloat16", accelerator="gpu", precision="bf16-mixed"
+    )
     with capsys.disabled():
         print(f"\npeak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the GPU, 4 images of 512 px")
