@@ -75,8 +75,8 @@ class Adapter(ABC):
         """The adapters that it consists of: by default itself alone."""
         return [self]
 
-    def settings(self) -> dict[str, Any]:
-        """Returns what other programs must know beside the tensors, by name."""
+    def settings(self, name: Name) -> dict[str, Any]:
+        """Returns what other programs must know beside the tensors of `trained` or `ema`."""
         return {}
 
     def save(self, folder: str | Path, name: Name = "ema") -> list[Path]:
@@ -97,7 +97,7 @@ class Adapter(ABC):
         for path in paths:
             parts = [part for part in self.parts if part.file == path.name]
             state = {key: tensor for part in parts for key, tensor in part.state_dict(name).items()}
-            settings = {key: value for part in parts for key, value in part.settings().items()}
+            settings = {key: value for part in parts for key, value in part.settings(name).items()}
             extra = {LORA_ADAPTER_METADATA_KEY: json.dumps(settings)} if settings else {}
             save_file(state, path, metadata={"format": "pt", **extra})
         return paths
@@ -191,12 +191,15 @@ class LoRA(Adapter):
 
     Args:
         rank: The rank of each product B A.
-        alpha: The strength, relative to `rank`; equal to it by default.
+        alpha: The scale of the products, relative to `rank`; equal to it by default.
+        strength: How strongly `ema` is applied, as a factor of its products; those of `trained` always count once.
+            An average of many adapters may change the model less than they do, or than it should; like the scale at
+            which LoRA is applied elsewhere, this is chosen on validation prompts, after training.
         target_modules: The names of the linear layers that get one; by default `modules`.
         learning_rate: The learning rate of this part; that of the run by default.
 
     Raises:
-        ValueError: If the rank is not positive, or the learning rate is negative.
+        ValueError: If the rank or the strength is not positive, or the learning rate is negative.
 
     Attributes:
         modules: The names of the layers that get one by default.
@@ -213,13 +216,17 @@ class LoRA(Adapter):
         self,
         rank: int = 50,
         alpha: float | None = None,
+        strength: float = 1.0,
         target_modules: Sequence[str] | None = None,
         learning_rate: float | None = None,
     ) -> None:
         if rank < 1:
             raise ValueError(f"`rank` must be at least 1, but got {rank}")
+        if not strength > 0:
+            raise ValueError(f"`strength` must be positive, but got {strength}")
         self.rank = rank
         self.alpha = rank if alpha is None else alpha
+        self.strength = strength
         self.target_modules = list(self.modules if target_modules is None else target_modules)
         self.learning_rate = checked_rate(learning_rate)
 
@@ -240,7 +247,7 @@ class LoRA(Adapter):
             raise ValueError(f"`target_modules` must be among {names}, but got {unknown}")
         self._network = network
         for name in ("trained", "ema"):
-            config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.target_modules)
+            config = LoraConfig(r=self.rank, lora_alpha=self.alpha_of(name), target_modules=self.target_modules)
             with warnings.catch_warnings():
                 # It is the second one, as intended.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
@@ -262,13 +269,17 @@ class LoRA(Adapter):
                     found[f"{self.component}.{self._exported(path)}.{factor}.weight"] = matrix[name].weight
         return found
 
+    def alpha_of(self, name: Name) -> float:
+        """Returns the scale of the products of `trained` or `ema`, relative to the rank."""
+        return self.alpha * self.strength if name == "ema" else self.alpha
+
     def _exported(self, path: str) -> str:
         """Returns the path of a layer as other programs know it."""
         return path
 
     @override
-    def settings(self) -> dict[str, Any]:
-        settings = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.target_modules}
+    def settings(self, name: Name) -> dict[str, Any]:
+        settings = {"r": self.rank, "lora_alpha": self.alpha_of(name), "target_modules": self.target_modules}
         return {f"{self.component}.{key}": value for key, value in settings.items()}
 
     @override

@@ -134,20 +134,26 @@ def test_previous_model_returns_after_an_error(folder: Path) -> None:
     assert_close(model.encode(PROMPTS), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("alpha", [None, 1.5])
+@pytest.mark.parametrize(
+    ("alpha", "strength", "name", "scale"),
+    [(None, 1.0, "trained", 1.0), (1.5, 4.0, "trained", 0.5), (None, 1.25, "ema", 1.25), (1.5, 4.0, "ema", 2.0)],
+)
 @pytest.mark.parametrize("kind", ["text_encoder", "unet"])
-def test_adapted_weight_is_base_plus_scaled_product(folder: Path, kind: str, alpha: float | None) -> None:
-    model, adapter = attached(folder, kind, alpha=alpha)
+def test_adapted_weight_is_base_plus_scaled_product(
+    folder: Path, kind: str, alpha: float | None, strength: float, name: str, scale: float
+) -> None:
+    model, adapter = attached(folder, kind, alpha=alpha, strength=strength)
     randomize(adapter)
-    scale = 1.0 if alpha is None else alpha / 3
     merged = load(folder)
-    weights, state = dict(merged.named_parameters()), adapter.state_dict("trained")
+    weights, state = dict(merged.named_parameters()), adapter.state_dict(name)
     for key in [key for key in state if "down.weight" in key or "lora_A" in key]:
         product = state[key.replace("layer.down", "layer.up").replace("lora_A", "lora_B")] @ state[key]
-        name = key.replace("lora_linear_layer.down.", "").replace("text_model.", "").replace("lora_A.", "")
-        weights[name].data += scale * product
-    assert_close(predict(merged), predict(model), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(predict(model), predict(load(folder)), rtol=1e-2, atol=1e-2)
+        weight = key.replace("lora_linear_layer.down.", "").replace("text_model.", "").replace("lora_A.", "")
+        weights[weight].data += scale * product
+    with adapter.using(name):
+        adapted = predict(model)
+    assert_close(predict(merged), adapted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(adapted, predict(load(folder)), rtol=1e-2, atol=1e-2)
 
 
 def test_prefix_stands_before_every_prompt_but_the_empty_one(folder: Path) -> None:
@@ -237,6 +243,7 @@ EXPORTED = {
     "attention": lambda: TextEncoderLoRA(rank=3, alpha=1.5, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"]),
     "unet": lambda: UNetLoRA(rank=3),
     "unet_alpha": lambda: UNetLoRA(rank=3, alpha=1.5, target_modules=["to_q", "to_out.0", "ff.net.2"]),
+    "strength": lambda: Combined([TextEncoderLoRA(rank=2, strength=1.5), UNetLoRA(rank=3, alpha=2.0, strength=0.5)]),
     "both": lambda: Combined([TextEncoderLoRA(rank=2, alpha=1.0), UNetLoRA(rank=3)]),
     "prefix": lambda: PromptPrefix(),
     "one_token": lambda: PromptPrefix(length=1, token="<balanced>"),
@@ -317,6 +324,9 @@ def test_second_adapter_of_a_kind_is_refused(folder: Path, kind: str, message: s
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="`rank` must be at least 1, but got 0"):
         UNetLoRA(rank=0)
+    for strength in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"`strength` must be positive, but got {strength}"):
+            TextEncoderLoRA(strength=strength)
     with pytest.raises(ValueError, match="`length` must be at least 1, but got 0"):
         PromptPrefix(length=0)
     for token in ("", "fair", "<fair one>", "<fair><"):
