@@ -35,30 +35,41 @@ class AdapterAverage(Callback):
 
     Args:
         decay: share of the average that each step keeps, in [0, 1) (paper: 0.996).
-        start: if given, the average begins anew after so many steps and is then the plain mean of all adapters since,
-            until these are more than 1 / (1 - decay): so a short run can average its whole second half.
+        start: if given, the average is the plain mean of the adapters of all steps, and from this share of the run on,
+            in [0, 1), of all steps since; of more than 1 / (1 - decay) steps, decay forgets the oldest. So a short run
+            can average its second half.
     """
 
-    def __init__(self, decay: float = 0.996, start: int | None = None) -> None:
+    def __init__(self, decay: float = 0.996, start: float | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"adapter_average.decay must be at least 0 and below 1, but got {decay}")
-        if start is not None and start < 0:
-            raise ValueError(f"adapter_average.start must not be negative, but got {start}")
+        if start is not None and not 0 <= start < 1:
+            raise ValueError(f"adapter_average.start must be at least 0 and below 1, but got {start}")
         self.decay, self.start = decay, start
         self.averaged_steps = 0
 
-    def decay_at(self, step: int) -> float:
-        """Share of the average that optimizer step number `step`, from 1, keeps."""
-        if self.start is None or step <= self.start:
+    def check(self, max_steps: int) -> None:
+        """Refuse a share of a run without an end.
+
+        Raises:
+            ValueError: if `start` is given and the trainer's `max_steps` is not.
+        """
+        if self.start is not None and max_steps < 0:
+            raise ValueError("adapter_average.start is a share of trainer.max_steps: give that too, or start: null")
+
+    def decay_at(self, step: int, max_steps: int) -> float:
+        """Share of the average that optimizer step number `step`, from 1, of a run of `max_steps` keeps."""
+        if self.start is None:
             return self.decay
-        since = step - self.start
+        begin = int(self.start * max_steps)
+        since = step - begin if step > begin else step
         return min(self.decay, (since - 1) / since)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.global_step > self.averaged_steps:
             self.averaged_steps = trainer.global_step
-            pl_module.adapter.update_ema(self.decay_at(trainer.global_step))
+            pl_module.adapter.update_ema(self.decay_at(trainer.global_step, trainer.max_steps))
 
     @override
     def state_dict(self) -> dict[str, Any]:

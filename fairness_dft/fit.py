@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch.cli import ArgsType
 
 from fairness_dft.attributes import Attribute
-from fairness_dft.callbacks import BiasMonitor, ImageGrid, QualityMonitor
+from fairness_dft.callbacks import AdapterAverage, BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.cli import FairnessCLI, run_main
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_files import SPLITS, normalise
@@ -35,6 +35,7 @@ def main(args: ArgsType = None) -> None:
     if seen and trainer.is_global_zero:
         print(f"warning: {len(seen)} test prompts are also trained on, such as {seen[0]!r}: {SEEN}", file=sys.stderr)
     find = {type(callback): callback for callback in trainer.callbacks}
+    find[AdapterAverage].check(trainer.max_steps)
     for monitor in (find[BiasMonitor], find[QualityMonitor]):
         monitor.load()  # small networks first: what is wrong with them is told before the large ones load
     module.configure_model()

@@ -72,26 +72,28 @@ def test_ema_waits_for_the_optimizer_step(tmp_path):
     assert average.averaged_steps == 1
 
 
-@pytest.mark.parametrize("start", [0, 3])
-def test_average_since_a_step_is_the_plain_mean_of_the_adapters_since(start):
-    average, steps = AdapterAverage(0.9, start), np.random.default_rng(0).normal(size=8)
-    value, seen = 5.0, []
+@pytest.mark.parametrize(("share", "start"), [(0.0, 0), (0.4, 3)])
+def test_average_since_a_share_of_the_run_is_the_plain_mean_of_the_adapters_since(share, start):
+    average, steps = AdapterAverage(0.9, share), np.random.default_rng(0).normal(size=8)
+    value = 5.0
     for step, trained in enumerate(steps, start=1):
-        kept = average.decay_at(step)
+        kept = average.decay_at(step, max_steps=8)
         value = kept * value + (1 - kept) * trained
-        seen.append(value)
-        if step > start:
-            assert value == pytest.approx(steps[start:step].mean())
-    assert start == 0 or seen[0] == pytest.approx(0.9 * 5 + 0.1 * steps[0])
-    assert average.decay_at(start + 10) == average.decay_at(start + 500) == 0.9  # ten steps is as far as 0.9 remembers
+        assert value == pytest.approx(steps[start * (step > start) : step].mean())
+    longer = AdapterAverage(0.9, share)  # ten steps is as far as 0.9 remembers
+    assert longer.decay_at(start * 125 + 10, 1000) == longer.decay_at(start * 125 + 500, 1000) == 0.9
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_decay_out_of_range(decay):
-    with pytest.raises(ValueError, match="at least 0 and below 1"):
-        AdapterAverage(decay)
-    with pytest.raises(ValueError, match="adapter_average.start must not be negative, but got -1"):
-        AdapterAverage(start=-1)
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_shares_out_of_range(share):
+    with pytest.raises(ValueError, match="decay must be at least 0 and below 1"):
+        AdapterAverage(share)
+    with pytest.raises(ValueError, match=f"start must be at least 0 and below 1, but got {share}"):
+        AdapterAverage(start=share)
+    AdapterAverage(start=0.5).check(10)
+    AdapterAverage().check(-1)
+    with pytest.raises(ValueError, match="start is a share of trainer.max_steps: give that too"):
+        AdapterAverage(start=0.5).check(-1)
 
 
 def test_bias_counts_what_the_judges_say(run):
