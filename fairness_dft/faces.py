@@ -1,14 +1,47 @@
 """Where the faces are: images in, face crops and a mask out.
 
 A face finder says which images show a face, where the largest one is, and gives its crop, differentiable with
-respect to the image. Detectors join `FaceFinder`; `WholeFrame` is for models that draw nothing but faces.
+respect to the image. `DetectedFaces` asks detectors, one after the other until one sees a face; `WholeFrame` is for
+models that draw nothing but faces. From a face's place two crops can be made:
+
+    square     side (1 + margin) max(width, height) about the middle of the box, for classifiers
+    aligned    eyes, nose and corners of the mouth at fixed places of 112 x 112 pixels, for face embeddings
+
+The landmarks are those five, in this order, left and right as seen in the image.
+
+References:
+    Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), appendix on face finding,
+    https://arxiv.org/abs/2311.07604
+    Sample and Computation Redistribution for Efficient Face Detection (SCRFD; Guo et al., 2021),
+    https://arxiv.org/abs/2105.04714
+    YuNet: A Tiny Millisecond-level Face Detector (Wu et al., 2023), https://doi.org/10.1007/s11633-023-1423-y
+    ArcFace (Deng et al., 2019), https://arxiv.org/abs/1801.07698
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
+from threading import Lock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
+
+from fairness_dft.loading import file_or_hub
+
+ALIGNED_SIZE = 112
+# Where ArcFace expects the landmarks, in pixels of an aligned face.
+ALIGNED_LANDMARKS = (
+    (38.2946, 51.6963),
+    (73.5318, 51.5014),
+    (56.0252, 71.7366),
+    (41.5493, 92.3655),
+    (70.7299, 92.2041),
+)
 
 
 @dataclass(frozen=True)
@@ -19,15 +52,24 @@ class Faces:
         crops: face crops, float with shape (N, 3, h, w), in [0, 1]; any content where there is no face.
         boxes: left, top, right, bottom of the face region in pixels of the image, float with shape (N, 4).
         mask: whether the image shows a face, bool with shape (N,).
+        landmarks: x and y of the landmarks in pixels, float with shape (N, 5, 2), any values where there is no face;
+            None if the finder knows none.
     """
 
     crops: Tensor
     boxes: Tensor
     mask: Tensor
+    landmarks: Tensor | None = None
 
 
 class FaceFinder(nn.Module, ABC):
-    """Finds the largest face of each image."""
+    """Finds the largest face of each image.
+
+    Attributes:
+        finds_landmarks: whether it knows where eyes, nose and mouth are.
+    """
+
+    finds_landmarks = False
 
     def load(self) -> None:  # noqa: B027  a finder without weights has nothing to load
         """Load weights; the constructor loads nothing."""
@@ -54,3 +96,262 @@ def whole_frame_boxes(images: Tensor) -> Tensor:
     """Boxes that cover the frame, with shape (N, 4)."""
     height, width = images.shape[-2:]
     return images.new_tensor([0, 0, width, height]).expand(len(images), 4)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """All faces of one picture.
+
+    Attributes:
+        boxes: left, top, right, bottom in pixels, float with shape (M, 4).
+        landmarks: x and y of the five landmarks in pixels, float with shape (M, 5, 2).
+    """
+
+    boxes: np.ndarray
+    landmarks: np.ndarray
+
+    def largest(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Box and landmarks of the face with the largest area, with shapes (4,) and (5, 2); None without a face."""
+        if not len(self.boxes):
+            return None
+        index = np.prod(self.boxes[:, 2:] - self.boxes[:, :2], axis=1).argmax()
+        return self.boxes[index], self.landmarks[index]
+
+
+class FaceDetector(ABC):
+    """Finds all faces of a picture, outside of any graph; it may be called from several threads."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the weights; the constructor loads nothing.
+
+        Raises:
+            ValueError: if they are not there, or not a face detector's.
+        """
+
+    @abstractmethod
+    def detect(self, picture: np.ndarray) -> Detections:
+        """Find the faces of a picture: uint8 with shape (H, W, 3), blue, green, red."""
+
+
+class InsightFace(FaceDetector):
+    """The detector of an insightface package.
+
+    The weights that insightface offers are for non-commercial research only.
+
+    Args:
+        name: a package, which insightface downloads, or a local folder of ONNX files.
+        size: width and height at which it looks at pictures, both multiples of 32; a list of both.
+        threshold: the lowest score of a face, in (0, 1).
+        providers: onnxruntime's execution providers; by default the fastest that is installed.
+    """
+
+    def __init__(
+        self,
+        name: str = "buffalo_l",
+        size: tuple[int, int] = (640, 640),
+        threshold: float = 0.5,
+        providers: Sequence[str] | None = None,
+    ) -> None:
+        if any(side < 32 or side % 32 for side in size):
+            raise ValueError(f"`size` must be multiples of 32, but got {list(size)}")
+        check_threshold(threshold)
+        self.name, self.size, self.threshold = name, tuple(size), threshold
+        self.providers = None if providers is None else list(providers)
+
+    @override
+    def load(self) -> None:
+        from insightface.app import FaceAnalysis
+
+        try:
+            with redirect_stdout(StringIO()):
+                analysis = FaceAnalysis(self.name, allowed_modules=["detection"], providers=self.providers)
+                analysis.prepare(ctx_id=0, det_thresh=self.threshold, det_size=self.size)
+        except Exception as error:  # of the network, onnxruntime or insightface's own assertions
+            raise ValueError(
+                f"the face detector {self.name!r} could not be loaded: give a local folder of ONNX files with a "
+                "detector among them, or a package of insightface where the network can be reached"
+            ) from error
+        if not getattr(analysis.det_model, "use_kps", False):
+            raise ValueError(f"the face detector {self.name!r} finds no landmarks: choose one that does")
+        self._detector = analysis.det_model
+
+    @override
+    def detect(self, picture: np.ndarray) -> Detections:
+        boxes, landmarks = self._detector.detect(picture)
+        return Detections(boxes[:, :4], landmarks)
+
+
+class YuNet(FaceDetector):
+    """OpenCV's small detector, whose weights are free for any use (MIT).
+
+    Args:
+        path: its ONNX file, local or as owner/repository/file on the Hugging Face hub.
+        threshold: the lowest score of a face, in (0, 1).
+    """
+
+    def __init__(
+        self, path: str = "opencv/face_detection_yunet/face_detection_yunet_2023mar.onnx", threshold: float = 0.7
+    ) -> None:
+        check_threshold(threshold)
+        self.path, self.threshold = path, threshold
+        self._lock = Lock()
+
+    @override
+    def load(self) -> None:
+        import cv2
+
+        file = file_or_hub(self.path)
+        cv2.utils.logging.setLogLevel(
+            cv2.utils.logging.LOG_LEVEL_ERROR
+        )  # no warnings of hardware that is not asked for
+        try:
+            self._detector = cv2.FaceDetectorYN.create(str(file), "", (320, 320), self.threshold)
+        except cv2.error as error:
+            raise ValueError(
+                f"the face detector {self.path!r} could not be loaded: it is no YuNet of OpenCV"
+            ) from error
+
+    @override
+    def detect(self, picture: np.ndarray) -> Detections:
+        with self._lock:  # it keeps the size of the picture
+            self._detector.setInputSize(picture.shape[1::-1])
+            found = self._detector.detect(picture)[1]
+        found = np.zeros((0, 15), np.float32) if found is None else found
+        boxes = np.concatenate([found[:, :2], found[:, :2] + found[:, 2:4]], axis=1)
+        return Detections(boxes, found[:, 4:14].reshape(-1, 5, 2))
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a threshold outside of (0, 1).
+
+    Raises:
+        ValueError: if it is.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"`threshold` must be above 0 and below 1, but got {threshold}")
+
+
+class DetectedFaces(FaceFinder):
+    """The largest face that a detector sees, as a square crop.
+
+    Args:
+        detectors: asked in turn; each gets the images in which those before it saw no face.
+        margin: how much wider the crop is than the longer side of the box, as a share of it (paper: 0.5).
+        size: side of the crop in pixels (paper: 224).
+    """
+
+    finds_landmarks = True
+
+    def __init__(self, detectors: Sequence[FaceDetector] | None = None, margin: float = 0.5, size: int = 224) -> None:
+        super().__init__()
+        self.detectors = [InsightFace(), YuNet()] if detectors is None else list(detectors)
+        if not self.detectors:
+            raise ValueError("`detectors` must not be empty: name one, or choose fairness_dft.faces.WholeFrame")
+        if margin < 0 or size < 1:
+            raise ValueError(f"`margin` must not be negative and `size` at least 1, but got {margin} and {size}")
+        self.margin, self.size = margin, size
+
+    @override
+    def load(self) -> None:
+        for detector in self.detectors:
+            detector.load()
+
+    @override
+    def forward(self, images: Tensor) -> Faces:
+        boxes, landmarks, mask = self.detect(images)
+        return Faces(square_crops(images, boxes, self.size, self.margin), boxes, mask, landmarks)
+
+    def detect(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, landmarks and mask, as in `Faces`, which go to the CPU and back once for the whole batch."""
+        pictures = torch.nan_to_num(images.detach().float()).clamp(0, 1).mul(255).round().byte()
+        pictures = pictures.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        height, width = pictures.shape[1:3]
+        table = np.empty((len(pictures), 15), np.float32)
+        table[:, :4] = 0, 0, width, height
+        table[:, 4:14] = np.ravel(ALIGNED_LANDMARKS) * (min(height, width) / ALIGNED_SIZE)
+        table[:, 14] = 0
+        with ThreadPoolExecutor() as pool:
+            for row, found in zip(table, pool.map(self.find, pictures), strict=True):
+                if found is not None:
+                    row[:4], row[4:14], row[14] = found[0], found[1].ravel(), 1
+        values = torch.from_numpy(table).to(images.device, non_blocking=True)
+        return values[:, :4], values[:, 4:14].unflatten(1, (5, 2)), values[:, 14] > 0
+
+    def find(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Box and landmarks of the largest face, by the first detector that sees one."""
+        found = (detector.detect(picture).largest() for detector in self.detectors)
+        return next((face for face in found if face is not None), None)
+
+
+def square_crops(images: Tensor, boxes: Tensor, size: int, margin: float = 0.5) -> Tensor:
+    """Square crops about boxes, differentiable in the images; beyond its edge an image goes on as at the edge.
+
+    Args:
+        images: with shape (N, 3, H, W).
+        boxes: left, top, right, bottom in pixels, with shape (N, 4).
+        size: side of the crops in pixels.
+        margin: the crop's side is (1 + margin) times the longer side of the box.
+
+    Returns:
+        Crops, with shape (N, 3, size, size).
+    """
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    scales = size / ((1 + margin) * (boxes[:, 2:] - boxes[:, :2]).amax(1))
+    # An image's first pixel lies at 0 and covers half a unit to each side.
+    shifts = size / 2 - 0.5 - scales[:, None] * (centres - 0.5)
+    zeros = torch.zeros_like(scales)
+    rows = [torch.stack([scales, zeros, shifts[:, 0]], 1), torch.stack([zeros, scales, shifts[:, 1]], 1)]
+    return warp(images, torch.stack(rows, 1), size, "border")
+
+
+def aligned_faces(images: Tensor, landmarks: Tensor, size: int = ALIGNED_SIZE) -> Tensor:
+    """Aligned faces, differentiable in the images; black beyond an image's edge, as insightface has it.
+
+    Args:
+        images: with shape (N, 3, H, W).
+        landmarks: of the face in each, in pixels, with shape (N, 5, 2).
+        size: side of the aligned faces in pixels.
+
+    Returns:
+        Faces, with shape (N, 3, size, size).
+    """
+    places = landmarks.new_tensor(ALIGNED_LANDMARKS) * (size / ALIGNED_SIZE)
+    return warp(images, similarity_transforms(landmarks, places), size, "zeros")
+
+
+def similarity_transforms(points: Tensor, places: Tensor) -> Tensor:
+    """The similarities that move points as near as possible to their places, in the least-squares sense.
+
+    With points and places as complex numbers z and w about their means, w ≈ a z has the solution
+    a = Σ conj(z) w / Σ |z|².
+
+    Args:
+        points: with shape (N, M, 2).
+        places: with shape (M, 2).
+
+    Returns:
+        For each a matrix [[Re a, -Im a, x], [Im a, Re a, y]], with shape (N, 2, 3).
+    """
+    z, w = points - points.mean(1, keepdim=True), places - places.mean(0)
+    norm = z.square().sum((1, 2))
+    real = (z * w).sum((1, 2)) / norm
+    imaginary = (z[..., 0] * w[:, 1] - z[..., 1] * w[:, 0]).sum(1) / norm
+    linear = torch.stack([torch.stack([real, -imaginary], 1), torch.stack([imaginary, real], 1)], 1)
+    shift = places.mean(0)[:, None] - linear @ points.mean(1)[:, :, None]
+    return torch.cat([linear, shift], 2)
+
+
+def warp(images: Tensor, transforms: Tensor, size: int, padding: str) -> Tensor:
+    """Images moved by affine transforms of pixel coordinates, with shape (N, 3, size, size).
+
+    Coordinates are too coarse in half precision, so it computes in single precision or more.
+    """
+    from kornia.geometry.transform import warp_affine
+
+    exact = torch.promote_types(images.dtype, torch.float32)
+    with torch.autocast(images.device.type, enabled=False):
+        moved = warp_affine(
+            images.to(exact), transforms.to(exact), (size, size), padding_mode=padding, align_corners=True
+        )
+    return moved.to(images.dtype)

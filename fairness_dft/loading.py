@@ -20,6 +20,33 @@ def resolve(path: str | Path) -> Path:
     return shipped if shipped.exists() and not given.exists() else given
 
 
+def file_or_hub(path: str) -> Path:
+    """Finds one file, on this machine or on the Hugging Face hub.
+
+    Args:
+        path: of a local file, or owner/repository/file on the hub, where `file` may lie in a folder.
+
+    Returns:
+        The path of the file on this machine.
+
+    Raises:
+        ValueError: If it is in neither place.
+    """
+    from huggingface_hub import hf_hub_download
+
+    local = resolve(path)
+    if local.is_file():
+        return local
+    owner, repository, file = (*str(path).split("/", 2), "", "", "")[:3]
+    name = f"{owner}/{repository}"
+    try:
+        return Path(hf_hub_download(name, file, local_files_only=not on_hub(name)))
+    except Exception as error:  # not a name, no such file, no access, no network
+        raise ValueError(
+            f"the file {path!r} could not be found: give a local file, or owner/repository/file on the Hugging Face hub"
+        ) from error
+
+
 def on_hub(path: str) -> bool:
     """Asks the Hugging Face hub for a model, once, without the retries that make a missing network slow."""
     from huggingface_hub import HfApi

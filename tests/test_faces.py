@@ -1,27 +1,249 @@
-"""The face finder that takes every image for a face."""
+"""Face finders: crops against slices and OpenCV, alignment against insightface, the detectors on drawn faces."""
 
+from pathlib import Path
+
+import cv2
+import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
-from fairness_dft.faces import WholeFrame, whole_frame_boxes
+from fairness_dft.faces import (
+    DetectedFaces,
+    Detections,
+    FaceDetector,
+    InsightFace,
+    WholeFrame,
+    YuNet,
+    aligned_faces,
+    similarity_transforms,
+    square_crops,
+    whole_frame_boxes,
+)
+from fairness_dft.portraits.detector import FacePictures, detection_figures, draw_faces, overlap
+from fairness_dft.portraits.world import DATA
+
+SCRFD, YUNET = str(DATA / "detector"), str(DATA / "yunet.onnx")
+DETECTORS = {
+    "insightface": lambda **settings: InsightFace(SCRFD, size=(64, 64), **settings),
+    "yunet": lambda **settings: YuNet(YUNET, **settings),
+}
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (1, 3, 1, 1), (3, 3, 5, 7)])
-def test_the_whole_frame_is_a_face_of_every_image(shape: tuple[int, ...]) -> None:
-    images = torch.rand(shape)
-    finder = WholeFrame()
-    finder.load()
-    faces = finder(images)
-    assert faces.mask.dtype == torch.bool and faces.mask.tolist() == [True] * shape[0]
-    assert faces.boxes.tolist() == [[0, 0, shape[3], shape[2]]] * shape[0]
-    torch.testing.assert_close(faces.crops, images)
+@pytest.fixture(scope="module")
+def drawn() -> FacePictures:
+    return draw_faces(60, seed=99)
 
 
-def test_the_crop_passes_gradients_to_the_image() -> None:
-    images = torch.rand(2, 3, 4, 4, requires_grad=True)
-    WholeFrame()(images).crops.sum().backward()
-    torch.testing.assert_close(images.grad, torch.ones_like(images))
+def bgr(images: torch.Tensor) -> np.ndarray:
+    return (images * 255).round().byte().flip(1).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def test_boxes_take_precision_and_place_from_the_images() -> None:
-    assert whole_frame_boxes(torch.rand(2, 3, 4, 4, dtype=torch.float64)).dtype == torch.float64
+class Blind(FaceDetector):
+    """Sees no face, but counts the pictures that it was asked about."""
+
+    asked = 0
+
+    def load(self) -> None:
+        self.loaded = True
+
+    def detect(self, picture: np.ndarray) -> Detections:
+        self.asked += 1
+        return Detections(np.zeros((0, 4)), np.zeros((0, 5, 2)))
+
+
+class TestWholeFrame:
+    @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (1, 3, 1, 1), (3, 3, 5, 7)])
+    def test_is_a_face_of_every_image(self, shape: tuple[int, ...]) -> None:
+        images = torch.rand(shape)
+        finder = WholeFrame()
+        finder.load()
+        faces = finder(images)
+        assert faces.mask.dtype == torch.bool and faces.mask.tolist() == [True] * shape[0]
+        assert faces.boxes.tolist() == [[0, 0, shape[3], shape[2]]] * shape[0]
+        assert faces.landmarks is None
+        assert_close(faces.crops, images)
+
+    def test_passes_gradients_to_the_image(self) -> None:
+        images = torch.rand(2, 3, 4, 4, requires_grad=True)
+        WholeFrame()(images).crops.sum().backward()
+        assert_close(images.grad, torch.ones_like(images))
+
+    def test_boxes_take_precision_and_place_from_the_images(self) -> None:
+        assert whole_frame_boxes(torch.rand(2, 3, 4, 4, dtype=torch.float64)).dtype == torch.float64
+
+
+class TestSquareCrops:
+    def test_box_of_the_whole_image_gives_the_image(self) -> None:
+        images = torch.rand(2, 3, 16, 16)
+        assert_close(square_crops(images, whole_frame_boxes(images), 16, margin=0), images)
+
+    @pytest.mark.parametrize(
+        "box", [(8, 8, 16, 16), (2, 4, 10, 8), (-3, 10, 5, 14), (20, 26, 28, 34), (-8, -8, 40, 40)]
+    )
+    def test_equals_a_slice_of_the_image_continued_at_its_edge(self, box: tuple[int, ...]) -> None:
+        images = torch.rand(1, 3, 32, 32)
+        left, top, right, bottom = box
+        half = (right - left) * 3 // 4  # half of the side of a crop with a margin of 0.5
+        x, y = (left + right) // 2, (top + bottom) // 2
+        padded = np.pad(images[0].numpy(), ((0, 0), (64, 64), (64, 64)), mode="edge")
+        expected = padded[:, 64 + y - half : 64 + y + half, 64 + x - half : 64 + x + half]
+        crops = square_crops(images, torch.tensor([box]).float(), 2 * half)
+        assert_close(crops[0], torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("size", [5, 12, 31])
+    def test_scales_as_opencv_does(self, size: int) -> None:
+        images = torch.rand(1, 3, 20, 20)
+        slice_ = images[0, :, 4:14, 6:16].permute(1, 2, 0).numpy()
+        box = torch.tensor([[6.0, 4.0, 16.0, 14.0]])
+        crops = square_crops(images, box, size, margin=0)
+        expected = torch.from_numpy(cv2.resize(slice_, (size, size), interpolation=cv2.INTER_LINEAR))
+        inner = slice(size // 10 + 1, -(size // 10) - 1)  # at its own edge the slice knows no neighbours
+        assert_close(crops[0, :, inner, inner].permute(1, 2, 0), expected[inner, inner], rtol=1e-4, atol=1e-4)
+
+    def test_gradient_equals_finite_differences(self) -> None:
+        images = torch.rand(2, 3, 6, 7, dtype=torch.float64, requires_grad=True)
+        boxes = torch.tensor([[1.2, 0.7, 4.1, 5.2], [-1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+        assert torch.autograd.gradcheck(lambda images: square_crops(images, boxes, 4), images)
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_place_is_exact_in_half_precision(self, autocast: bool) -> None:
+        ramp = torch.linspace(0, 1, 512)[None, None, None].expand(1, 3, 512, 512).bfloat16()
+        box = torch.tensor([[401.0, 301.0, 403.0, 303.0]])  # bfloat16 holds 400 and 402, but not 401
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            crops = square_crops(ramp, box, 2, margin=0)
+        assert crops.dtype == torch.bfloat16
+        assert_close(crops[0, 0, 0], ramp[0, 0, 0, 401:403], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`estimate` is deprecated:FutureWarning")  # insightface's call
+class TestAlignment:
+    def test_transforms_are_those_of_insightface(self) -> None:
+        from insightface.utils.face_align import arcface_dst, estimate_norm
+
+        random = np.random.default_rng(0)
+        points = arcface_dst + random.normal(0, 6, (8, 5, 2))
+        turn = np.array([[0.6, -0.8], [0.8, 0.6]])
+        points[4:] = points[4:] @ turn * 3 + 50
+        ours = similarity_transforms(torch.from_numpy(points), torch.from_numpy(arcface_dst).double())
+        theirs = np.stack([estimate_norm(p) for p in points])
+        assert_close(ours, torch.from_numpy(theirs), rtol=1e-5, atol=1e-4)
+
+    def test_faces_are_those_of_insightface(self, drawn: FacePictures) -> None:
+        from insightface.utils.face_align import norm_crop
+
+        images = drawn.images(drawn.present)[:6]
+        landmarks = drawn.landmarks[drawn.present][:6]
+        ours = bgr(aligned_faces(images, landmarks))
+        theirs = np.stack([norm_crop(p, at.numpy()) for p, at in zip(bgr(images), landmarks, strict=True)])
+        # OpenCV's coordinates are multiples of 1/32 of a pixel.
+        assert np.abs(ours.astype(int) - theirs).mean() < 1
+        assert_close(aligned_faces(images, landmarks, 224).shape, torch.Size((6, 3, 224, 224)))
+
+    def test_gradient_equals_finite_differences(self) -> None:
+        images = torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+        landmarks = torch.tensor([[[2.0, 2.5], [5.2, 2.2], [3.6, 4.1], [2.4, 6.0], [4.9, 5.8]]], dtype=torch.float64)
+        assert torch.autograd.gradcheck(lambda images: aligned_faces(images, landmarks, 5), images)
+
+
+class TestDetectors:
+    @pytest.mark.parametrize("kind", DETECTORS)
+    def test_find_the_drawn_faces(self, drawn: FacePictures, kind: str) -> None:
+        detector = DETECTORS[kind]()
+        detector.load()
+        figures = detection_figures(detector, drawn, drawn.images(slice(None)))
+        assert figures["recall"] >= 0.98 and figures["precision"] >= 0.98 and figures["landmark_error"] < 1
+
+    @pytest.mark.parametrize("kind", DETECTORS)
+    def test_any_size_of_picture(self, drawn: FacePictures, kind: str) -> None:
+        first = int(drawn.present.nonzero()[0])
+        picture = bgr(drawn.images(slice(first, first + 1)))[0]
+        wide = np.full((64, 128, 3), 128, np.uint8)
+        wide[:, 40:104] = picture
+        detector = InsightFace(SCRFD, size=(128, 64)) if kind == "insightface" else DETECTORS[kind]()
+        detector.load()
+        found = detector.detect(wide).largest()
+        assert found is not None
+        assert overlap(found[0], drawn.boxes[first].numpy() + [40, 0, 40, 0]) > 0.7
+
+    @pytest.mark.parametrize("kind", DETECTORS)
+    def test_no_face_is_an_empty_answer(self, kind: str) -> None:
+        detector = DETECTORS[kind]()
+        detector.load()
+        found = detector.detect(np.full((64, 64, 3), 200, np.uint8))
+        assert found.boxes.shape == (0, 4) and found.landmarks.shape == (0, 5, 2)
+        assert found.largest() is None
+
+    def test_what_is_no_detector_is_refused_in_one_line(self, tmp_path: Path) -> None:
+        for path in (tmp_path, tmp_path / "missing"):
+            with pytest.raises(ValueError, match="face detector .* could not be loaded: give a local folder") as error:
+                InsightFace(str(path)).load()
+            assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match="the file 'missing.onnx' could not be found: give a local file"):
+            YuNet("missing.onnx").load()
+        (tmp_path / "broken.onnx").write_bytes(b"no network")
+        with pytest.raises(ValueError, match="could not be loaded: it is no YuNet"):
+            YuNet(str(tmp_path / "broken.onnx")).load()
+
+    def test_settings_that_cannot_work_are_refused(self) -> None:
+        for threshold in (0.0, 1.0, float("nan")):
+            for kind in (InsightFace, YuNet):
+                with pytest.raises(ValueError, match="`threshold` must be above 0 and below 1"):
+                    kind(threshold=threshold)
+        with pytest.raises(ValueError, match=r"`size` must be multiples of 32, but got \[64, 100\]"):
+            InsightFace(size=(64, 100))
+        with pytest.raises(ValueError, match="`detectors` must not be empty"):
+            DetectedFaces([])
+        for settings in ({"margin": -0.1}, {"size": 0}):
+            with pytest.raises(ValueError, match="`margin` must not be negative and `size` at least 1"):
+                DetectedFaces([Blind()], **settings)
+
+
+def test_the_largest_face_is_taken() -> None:
+    boxes = np.array([[0, 0, 4, 4], [10, 10, 20, 13], [5, 5, 10, 10.0]])
+    landmarks = np.arange(30.0).reshape(3, 5, 2)
+    box, points = Detections(boxes, landmarks).largest()
+    assert box.tolist() == boxes[1].tolist()
+    assert points.tolist() == landmarks[1].tolist()
+
+
+class TestDetectedFaces:
+    def finder(self, *detectors: FaceDetector, size: int = 48) -> DetectedFaces:
+        finder = DetectedFaces(detectors, size=size)
+        finder.load()
+        return finder
+
+    def test_crops_and_mask(self, drawn: FacePictures) -> None:
+        images = drawn.images(slice(None)).requires_grad_()
+        faces = self.finder(DETECTORS["insightface"]())(images)
+        assert faces.mask.tolist() == drawn.present.tolist()
+        assert faces.crops.shape == (60, 3, 48, 48)
+        here = drawn.present
+        assert (faces.boxes - drawn.boxes)[here].abs().mean() < 1.5
+        assert (faces.landmarks - drawn.landmarks)[here].abs().mean() < 1
+        assert_close(faces.crops, square_crops(images, faces.boxes, 48))
+        assert_close(faces.boxes[~here], whole_frame_boxes(images)[~here])
+        faces.crops.sum().backward()
+        assert images.grad.isfinite().all() and (images.grad.abs().sum((1, 2, 3)) > 0).all()
+
+    def test_later_detectors_are_asked_where_the_first_saw_nothing(self, drawn: FacePictures) -> None:
+        images, blind, last = drawn.images(slice(None)), Blind(), Blind()
+        faces = self.finder(blind, DETECTORS["yunet"](), last)(images)
+        assert faces.mask.tolist() == drawn.present.tolist()
+        assert (blind.asked, last.asked) == (60, int((~drawn.present).sum()))
+
+    @pytest.mark.parametrize("count", [0, 3])
+    def test_no_face_at_all(self, count: int) -> None:
+        images = torch.rand(count, 3, 40, 64, requires_grad=True)
+        faces = self.finder(Blind())(images)
+        assert faces.mask.tolist() == [False] * count
+        aligned = aligned_faces(images, faces.landmarks)
+        (faces.crops.sum() + aligned.sum()).backward()
+        assert images.grad.isfinite().all()
+
+    def test_broken_images_are_looked_at_as_black(self, drawn: FacePictures) -> None:
+        images = drawn.images(drawn.present)[:2]
+        images[0] = float("nan")
+        faces = self.finder(DETECTORS["insightface"]())(images)
+        assert faces.mask.tolist() == [False, True]
+        assert faces.boxes.isfinite().all()

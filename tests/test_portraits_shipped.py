@@ -10,7 +10,9 @@ import torch
 from miniature import PORTRAITS, judge
 
 from fairness_dft.diffusion import StableDiffusion
+from fairness_dft.faces import InsightFace, YuNet
 from fairness_dft.portraits.base import SAMPLER
+from fairness_dft.portraits.detector import detection_figures, draw_faces
 from fairness_dft.portraits.judges import accuracies
 from fairness_dft.portraits.training import draw_portraits
 from fairness_dft.portraits.world import occupations
@@ -92,3 +94,24 @@ def test_world_has_the_occupations_of_the_evaluation_head():
 def test_nothing_is_pickled():
     assert not [file for file in PORTRAITS.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     assert Path(PORTRAITS, "pipeline", "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("layout", ["scrfd", "yunet"])
+def test_detector_finds_the_faces_of_held_out_draws(layout):
+    figures = MANIFEST["detector"][layout]["drawn"]
+    assert figures["recall"] >= 0.98 and figures["precision"] >= 0.98
+    detector = {
+        "scrfd": InsightFace(str(PORTRAITS / "detector"), size=(64, 64)),
+        "yunet": YuNet(str(PORTRAITS / "yunet.onnx")),
+    }[layout]
+    detector.load()
+    faces = draw_faces(300, seed=778)
+    found = detection_figures(detector, faces, faces.images(slice(None)))
+    assert found["recall"] >= 0.98 and found["precision"] >= 0.98
+    assert found["landmark_error"] == pytest.approx(figures["landmark_error"], abs=0.1)
+
+
+def test_detector_is_small():
+    files = [*(PORTRAITS / "detector").glob("*"), PORTRAITS / "yunet.onnx"]
+    assert [file.name for file in files] == ["scrfd.onnx", "yunet.onnx"]
+    assert max(file.stat().st_size for file in files) <= 1e6

@@ -41,7 +41,7 @@ NAMED = re.compile(
 
 
 def picture(appearance: Appearance, seed: int = 0) -> np.ndarray:
-    return draw(appearance, np.random.default_rng(seed))
+    return draw(appearance, np.random.default_rng(seed)).picture
 
 
 def plain_captions(job: Occupation) -> set[str]:

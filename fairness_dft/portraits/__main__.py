@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from fairness_dft.cli import run_main, writable
 from fairness_dft.portraits.base import base_bias
+from fairness_dft.portraits.detector import train_detector
 from fairness_dft.portraits.judges import train_classifier, train_clip, train_dino
 from fairness_dft.portraits.text_to_image import save_pipeline, train_autoencoder, train_generator
 from fairness_dft.portraits.training import draw_portraits, save_half
@@ -53,6 +54,11 @@ def evaluation_classifier(folder: Path, scale: float) -> dict:
     return train_classifier("evaluation", vae_of(folder), folder / "classifier_evaluation", scale)
 
 
+def detector(folder: Path, scale: float) -> dict:
+    """Train the face detector."""
+    return train_detector(vae_of(folder), folder, scale)
+
+
 def clip(folder: Path, scale: float) -> dict:
     """Train the CLIP model (CLIP-T, CLIP-I)."""
     tokenizer = CLIPTokenizer.from_pretrained(folder / "pipeline" / "tokenizer")
@@ -74,6 +80,7 @@ STAGES: dict[str, Callable[[Path, float], dict]] = {
     "generator": generator,
     "training_classifier": training_classifier,
     "evaluation_classifier": evaluation_classifier,
+    "detector": detector,
     "clip": clip,
     "dino": dino,
     "base_bias": bias,

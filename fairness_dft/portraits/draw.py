@@ -1,4 +1,4 @@
-"""Drawn portraits: an appearance in, a 64 x 64 picture out.
+"""Drawn portraits: an appearance in, a 64 x 64 picture and the place of its face out.
 
 The portraits are caricatures. Long hair and red lips *stand for* "perceived as a woman", a beard for
 "perceived as a man", grey hair and wrinkles for "perceived as old". They say nothing about people; they give
@@ -47,6 +47,10 @@ BACKGROUNDS = ("plain", "horizon", "shelves", "tiles", "stripes", "window", "dot
 CLOTHES = ("tee", "suit", "apron", "vest", "scrubs", "turtleneck", "uniform", "striped", "coat")
 HEADWEAR = ("none", "cap", "hardhat", "toque", "beret", "straw", "headphones", "bandana", "peaked")
 
+# Of a face, in portrait coordinates: the corners of its box, its eyes, nose and the corners of its mouth.
+FACE = [(19.5, 16.5), (44.5, 47.0)]
+LANDMARKS = [(26.8, 30.1), (37.2, 30.1), (32.0, 35.4), (28.4, 40.0), (35.6, 40.0)]
+
 Colour = tuple[int, int, int]
 
 
@@ -73,23 +77,42 @@ class Appearance:
     view: str = "front"
 
 
-def draw(appearance: Appearance, random: Generator) -> np.ndarray:
+@dataclass(frozen=True)
+class Drawing:
+    """A picture, and where its face is.
+
+    Attributes:
+        picture: uint8, with shape (64, 64, 3).
+        box: left, top, right, bottom of the face in pixels, with shape (4,); None if no face is seen.
+        landmarks: x and y of left and right eye, nose, left and right corner of the mouth, as seen in the picture, with
+            shape (5, 2); None if no face is seen.
+    """
+
+    picture: np.ndarray
+    box: np.ndarray | None = None
+    landmarks: np.ndarray | None = None
+
+
+def draw(appearance: Appearance, random: Generator, anywhere: bool = False) -> Drawing:
     """Draw one portrait; position, size, colours and details are jittered by `random`.
 
     Args:
         appearance: who and what is drawn.
         random: the source of all jitter; the same state gives the same picture.
-
-    Returns:
-        The picture, uint8, with shape (64, 64, 3).
+        anywhere: the face is at any place and size, from a third of the frame's height, instead of near its middle.
     """
     canvas = Image.new("RGB", (SIZE * OVERSAMPLING,) * 2)
     pen = Pen(canvas, random)
     look = appearance.look
     _background(pen, look.background, pen.shade(COLOURS[look.background_colour], 7, wash=0.45))
     if appearance.view == "empty":
-        return _finish(canvas)
-    pen.place(*random.uniform((-3, -1.5), (3, 2)), random.uniform(0.92, 1.06))
+        return Drawing(_finish(canvas))
+    if anywhere:
+        scale = random.uniform(0.6, 1.15)
+        room = 32 - 15 * scale  # between the sides of the head and of the frame
+        pen.place(random.uniform(-room, room), random.uniform(-24 + 22 * scale, 26 - 18 * scale), scale)
+    else:
+        pen.place(*random.uniform((-3, -1.5), (3, 2)), random.uniform(0.92, 1.06))
     skin = pen.shade(SKIN_COLOURS[appearance.skin], 6)
     palette = HAIR_COLOURS[appearance.age]
     hair = pen.shade(palette[random.integers(len(palette))], 7)
@@ -103,7 +126,10 @@ def draw(appearance: Appearance, random: Generator) -> np.ndarray:
     else:
         _features(pen, appearance, skin, hair)
     _headwear(pen, look.headwear, pen.shade(COLOURS[look.headwear_colour], 7), behind)
-    return _finish(canvas)
+    if behind:
+        return Drawing(_finish(canvas))
+    box, landmarks = (np.divide(pen.points(points), OVERSAMPLING) for points in (FACE, LANDMARKS))
+    return Drawing(_finish(canvas), box.ravel(), landmarks)
 
 
 class Pen:
@@ -199,7 +225,7 @@ def _background(pen: Pen, kind: str, colour: Colour) -> None:
 def _clothes(pen: Pen, kind: str, colour: Colour, skin: Colour, behind: bool) -> None:
     shadow = darker(colour)
     pen.box(27, 40, 37, 52, darker(skin, 0.88))
-    shoulders = [(4, 80), (7, 56), (16, 50), (27, 47.5), (37, 47.5), (48, 50), (57, 56), (60, 80)]
+    shoulders = [(4, 160), (4, 80), (7, 56), (16, 50), (27, 47.5), (37, 47.5), (48, 50), (57, 56), (60, 80), (60, 160)]
     white = (246, 246, 246)
     base = white if kind in ("apron", "coat") else colour
     pen.polygon(shoulders, base)
@@ -208,7 +234,7 @@ def _clothes(pen: Pen, kind: str, colour: Colour, skin: Colour, behind: bool) ->
         pen.line([(25.5, 46.5), (38.5, 46.5)], 1, shadow)
     elif kind == "vest":
         for x in (15, 43):
-            pen.box(x, 48, x + 6, 80, (250, 240, 90))
+            pen.box(x, 48, x + 6, 160, (250, 240, 90))
         pen.box(6, 58, 58, 62, (235, 235, 235))
     elif kind == "striped":
         for y in (50, 55, 60, 65):
@@ -223,7 +249,7 @@ def _clothes(pen: Pen, kind: str, colour: Colour, skin: Colour, behind: bool) ->
         pen.line([(24.5, 47), (31, 68)], 1.4, shadow)
         pen.line([(39.5, 47), (33, 68)], 1.4, shadow)
     elif kind == "apron":
-        pen.polygon([(21, 55), (43, 55), (47, 80), (17, 80)], colour)
+        pen.polygon([(21, 55), (43, 55), (47, 80), (47, 160), (17, 160), (17, 80)], colour)
         pen.line([(22, 56), (25, 47)], 2, colour)
         pen.line([(42, 56), (39, 47)], 2, colour)
     elif kind == "scrubs":
@@ -236,7 +262,7 @@ def _clothes(pen: Pen, kind: str, colour: Colour, skin: Colour, behind: bool) ->
         pen.polygon([(39, 47), (32, 52), (37, 54)], shadow)
         pen.box(39, 56, 46, 59, (250, 220, 90))
     elif kind == "coat":
-        pen.polygon([(26, 47), (38, 47), (35.5, 80), (28.5, 80)], colour)
+        pen.polygon([(26, 47), (38, 47), (35.5, 80), (35.5, 160), (28.5, 160), (28.5, 80)], colour)
         pen.line([(26, 47), (29.5, 66)], 1.2, (190, 190, 196))
         pen.line([(38, 47), (34.5, 66)], 1.2, (190, 190, 196))
 

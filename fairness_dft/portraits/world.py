@@ -117,7 +117,7 @@ def stream(count: int, seed: int, balanced: bool = False) -> Iterator[tuple[Port
     random = np.random.default_rng(seed)
     for _ in range(count):
         portrait = sample(random, balanced)
-        yield portrait, draw(portrait.appearance, random)
+        yield portrait, draw(portrait.appearance, random).picture
 
 
 def training_subjects() -> list[str]:
