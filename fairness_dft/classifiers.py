@@ -31,11 +31,13 @@ class Verdict:
         logits: for each attribute, float with shape (N, K).
         face: whether the image shows a face, bool with shape (N,); logits mean nothing where it does not.
         boxes: face regions in pixels (left, top, right, bottom), float with shape (N, 4).
+        landmarks: eyes, nose and corners of the mouth in pixels, with shape (N, 5, 2); None if nobody looked for them.
     """
 
     logits: dict[str, Tensor]
     face: Tensor
     boxes: Tensor
+    landmarks: Tensor | None = None
 
     def probabilities(self, attribute: str) -> Tensor:
         """p, the class probabilities of one attribute, with shape (N, K)."""
@@ -240,4 +242,4 @@ class Judge(nn.Module):
             logits = self.classifier(images)
             return Verdict(logits, self.faces.present(logits), whole_frame_boxes(images))
         faces = self.faces(images)
-        return Verdict(self.classifier(faces.crops), faces.mask, faces.boxes)
+        return Verdict(self.classifier(faces.crops), faces.mask, faces.boxes, faces.landmarks)

@@ -1,4 +1,4 @@
-"""What the image shows besides the attribute: frozen CLIP and DINO embeddings, differentiable in the image.
+"""What the image shows besides the attribute: frozen CLIP, DINO and face embeddings, differentiable in the image.
 
 All embeddings have unit length, so that a dot product is the cosine similarity.
 """
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fairness_dft.loading import on_hub, quiet, resolve
+from fairness_dft.faces import ALIGNED_SIZE, aligned_faces
+from fairness_dft.loading import file_or_hub, on_hub, quiet, resolve
+from fairness_dft.onnx_network import OnnxNetwork
 from fairness_dft.preprocessing import Preprocessing
 
 
@@ -112,3 +114,91 @@ class Dino(FeatureNet):
 
     def _embed(self, pixels: Tensor) -> Tensor:
         return self.network(pixels).last_hidden_state[:, 0]
+
+
+class FaceEmbedding(nn.Module):
+    """ArcFace (Deng et al., 2019, https://arxiv.org/abs/1801.07698): whom an aligned face resembles.
+
+    Args:
+        path: ONNX file of a recognition network in insightface's layout, such as that of its packages: a local file, or
+            owner/repository/file on the Hugging Face hub. The weights that insightface offers are for non-commercial
+            research only.
+    """
+
+    def __init__(self, path: str = "~/.insightface/models/buffalo_l/w600k_r50.onnx") -> None:
+        super().__init__()
+        self.path = path
+
+    def load(self) -> None:
+        """Load the weights.
+
+        Raises:
+            ValueError: if the file is not there, or no network of square color images that is known here.
+        """
+        if hasattr(self, "network"):
+            return
+        self.network = OnnxNetwork(file_or_hub(self.path))
+        *_, channels, height, width = (0, 0, 0, *self.network.input_shape)
+        if channels != 3 or height != width:
+            shape = list(self.network.input_shape)
+            raise ValueError(f"the face network {self.path!r} must read square color images, but its input is {shape}")
+        self.size = height or ALIGNED_SIZE
+        # As insightface tells: networks that begin by normalising want values in [0, 255].
+        begins = [name for name in self.network.graph_names if name.startswith(("Sub", "_minus", "Mul", "_mul"))]
+        normalises = {name[:3] in ("Sub", "_mi") for name in begins} == {True, False}
+        self.scale, self.shift = (255.0, 0.0) if normalises else (2.0, -1.0)
+
+    def align(self, images: Tensor, landmarks: Tensor) -> Tensor:
+        """The aligned faces that it reads, with shape (N, 3, size, size); see `faces.aligned_faces`."""
+        return aligned_faces(images, landmarks, self.size)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """Embed aligned faces with shape (N, 3, size, size), in [0, 1]: unit length, with shape (N, D)."""
+        return normalize(self.network(faces * self.scale + self.shift).to(faces.dtype), dim=-1)
+
+
+class FaceRealism(nn.Module):
+    """What generated faces are compared with: an embedding, and a bank of real faces.
+
+    Args:
+        bank: safetensors file of `python -m fairness_dft.face_bank`.
+        embedding: of faces; the one that the bank was made with.
+        weight: λ_face, the weight of the loss (paper: 1 for gender, 0.1 for others).
+        confidence: how sure the classifier must be of the original's class for its face to be the reference, in [0, 1].
+    """
+
+    def __init__(
+        self, bank: str, embedding: FaceEmbedding | None = None, weight: float = 1.0, confidence: float = 0.8
+    ) -> None:
+        super().__init__()
+        if not 0 <= confidence <= 1:
+            raise ValueError(f"`confidence` must be at least 0 and at most 1, but got {confidence}")
+        self.path, self.weight, self.confidence = bank, weight, confidence
+        self.embedding = embedding or FaceEmbedding()
+
+    def load(self) -> None:
+        """Load the network and the bank.
+
+        Raises:
+            ValueError: if one of them is not there, or the bank is empty or another network's.
+        """
+        from safetensors.torch import load_file
+
+        if hasattr(self, "bank"):
+            return
+        self.embedding.load()
+        try:
+            bank = load_file(file_or_hub(self.path))["embeddings"].float()
+        except Exception as error:  # not there, no safetensors, other tensors
+            raise ValueError(
+                f"the face bank {self.path!r} could not be loaded: make one of real faces with "
+                "`python -m fairness_dft.face_bank`, or leave face realism off (model.face_realism: null)"
+            ) from error
+        with torch.no_grad():
+            width = self.embedding(torch.zeros(1, 3, self.embedding.size, self.embedding.size)).shape[1]
+        if bank.ndim != 2 or not len(bank) or bank.shape[1] != width:
+            raise ValueError(
+                f"the face bank {self.path!r} must hold embeddings of {width} numbers each, but got "
+                f"the shape {list(bank.shape)}: make it with the same face network"
+            )
+        self.register_buffer("bank", normalize(bank, dim=1), persistent=False)

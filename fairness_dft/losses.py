@@ -1,12 +1,14 @@
-"""The losses: distributional alignment, and image semantics beside it.
+"""The losses: distributional alignment, and image semantics and face realism beside it.
 
     L_align = mean of CE(h(x_i), y_i) over the images with a face and confidence c_i ≥ C
     L_img   = mean of λ_i [(1 − cos(CLIP(x_i), CLIP(o_i))) + (1 − cos(DINO(x_i), DINO(o_i)))]
+    L_face  = mean of (1 − cos(e(x_i), r_i)) over the images with a face
 
 x_i are the generated `images`, o_i the frozen model's images from the same noise, h(x_i) the classifier's
 `logits`, y_i the dynamic `targets`. λ_i (`weights`) is 1 where x_i need not change class, else factor1; the
 gradient that reaches the face region of x_i through L_img is scaled by factor2 in the same cases. Of several
-attributes the smallest factor that applies is taken, and L_align is the sum of theirs.
+attributes the smallest factor that applies is taken, and L_align is the sum of theirs. e(x_i) is the embedding of the
+aligned face of x_i; its reference r_i is that of o_i where the face may stay as it is, else the nearest real one.
 
 References:
     Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), sections 4.1 and 4.3,
@@ -100,6 +102,42 @@ def semantics_loss(similarities: list[Tensor], weights: Tensor) -> Tensor:
     """
     distances = sum((1 - cosine for cosine in similarities), torch.zeros_like(weights))
     return (weights * distances).mean()
+
+
+def face_references(embeddings: Tensor, originals: Tensor, keep: Tensor, bank: Tensor) -> Tensor:
+    """r_i, what each face should resemble: the original's face, or the nearest one of a bank of real faces.
+
+    Args:
+        embeddings: e(x_i), of unit length, with shape (N, D).
+        originals: e(o_i), likewise.
+        keep: whether the original's face is the reference, bool with shape (N,).
+        bank: embeddings of real faces, with shape (M, D), M > 0.
+
+    Returns:
+        References, with shape (N, D), without a graph.
+    """
+    embeddings = embeddings.detach()
+    nearest = bank[(embeddings @ bank.T).argmax(1)]
+    return torch.where(keep[:, None], originals.detach(), nearest)
+
+
+def face_realism_loss(embeddings: Tensor, references: Tensor, seen: Tensor, total: int, world_size: int = 1) -> Tensor:
+    """L_face, the face-realism loss; as in `alignment_loss`, the mean runs over the faces of all ranks.
+
+    Args:
+        embeddings: e(x_i), of unit length, with shape (N, D).
+        references: r_i, likewise.
+        seen: whether x_i shows a face, bool with shape (N,).
+        total: number of faces over all ranks.
+        world_size: number of ranks.
+
+    Returns:
+        A scalar, not negative; a zero that still carries a graph where no face is seen.
+    """
+    if not seen.any():
+        return embeddings.sum() * 0
+    distances = 1 - (embeddings[seen] * references[seen]).sum(1)
+    return distances.sum() * world_size / total
 
 
 def scale_face_gradient(images: Tensor, boxes: Tensor, other_boxes: Tensor, scales: Tensor) -> Tensor:

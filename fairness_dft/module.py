@@ -1,8 +1,8 @@
 """The paper's algorithm as a LightningModule: finetune a text-to-image model towards a distribution of faces.
 
 One training step, for one prompt P and N noises z_T: sample x with the trained model and o with the frozen one; find
-and classify the faces, p = h(x); gather p over ranks and assign the targets y; form L = L_align + λ_img L_img. The
-gradient travels back through the sampler along the path that `sampler.gradient` describes.
+and classify the faces, p = h(x); gather p over ranks and assign the targets y; form L = L_align + λ_img L_img +
+λ_face L_face. The gradient travels back through the sampler along the path that `sampler.gradient` describes.
 
 References:
     Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), https://arxiv.org/abs/2311.07604
@@ -23,11 +23,13 @@ from fairness_dft.adapters import Adapter, Name, TextEncoderLoRA
 from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import Judge, Verdict
 from fairness_dft.diffusion import TextToImage
-from fairness_dft.features import FeatureNet
+from fairness_dft.features import FaceRealism, FeatureNet
 from fairness_dft.losses import (
     Alignment,
     alignment_loss,
     dynamic_weights,
+    face_realism_loss,
+    face_references,
     must_change,
     scale_face_gradient,
     semantics_loss,
@@ -48,10 +50,12 @@ class Original:
     Attributes:
         verdict: what the judge sees in them.
         features: the embeddings by each feature network, with shapes (N, D).
+        faces: the embeddings of the aligned faces, with shape (N, D); None without face realism.
     """
 
     verdict: Verdict
     features: list[Tensor]
+    faces: Tensor | None = None
 
 
 class FairFinetuning(LightningModule):
@@ -66,6 +70,7 @@ class FairFinetuning(LightningModule):
         evaluation_sampler: how images are sampled for validation and test; as in training by default.
         features: networks whose embeddings of an image should stay as the frozen model's (CLIP and DINO).
         semantics_weight: λ_img, the weight of that loss (paper: 8, race alone 6).
+        face_realism: what faces should resemble; None leaves that loss out.
         learning_rate: of AdamW, where a part of the adapter has none of its own.
         betas: of AdamW.
         weight_decay: of AdamW.
@@ -85,6 +90,7 @@ class FairFinetuning(LightningModule):
         evaluation_sampler: Sampler | None = None,
         features: Sequence[FeatureNet] = (),
         semantics_weight: float = 8.0,
+        face_realism: FaceRealism | None = None,
         learning_rate: float = 5e-5,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 1e-2,
@@ -99,7 +105,7 @@ class FairFinetuning(LightningModule):
         self.adapter = adapter or TextEncoderLoRA()
         self.sampler = sampler or Sampler()
         self.evaluation_sampler = evaluation_sampler or self.sampler
-        self.semantics_weight = semantics_weight
+        self.semantics_weight, self.face_realism = semantics_weight, face_realism
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = schedule
         self.draws, self.seed = draws, seed
@@ -117,6 +123,12 @@ class FairFinetuning(LightningModule):
         self.distributions = self.attribute.distributions(classes)
         for network in self.features:
             network.load()
+        if self.face_realism:
+            if not self.judge.faces.finds_landmarks:
+                raise ValueError(
+                    "--model.face_realism needs landmarks: let fairness_dft.faces.DetectedFaces be model.judge.faces"
+                )
+            self.face_realism.load()
         self.generator.load()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -171,6 +183,8 @@ class FairFinetuning(LightningModule):
         }
         semantics = self.image_semantics(images, verdict, original, alignments)
         loss = sum(align.values()) + self.semantics_weight * semantics
+        if self.face_realism:
+            loss = loss + self.face_realism.weight * self.realism(images, verdict, original, alignments)
 
         self.report_step(loss, align, semantics, verdict, alignments)
         return loss
@@ -222,7 +236,8 @@ class FairFinetuning(LightningModule):
             return self.originals[key]
         images = self.generate("original", self.sampler, batch, noise, steps)
         features = [self.sampler.in_chunks(network, images) for network in self.features]
-        original = Original(self.judge(images), features)
+        verdict = self.judge(images)
+        original = Original(verdict, features, self.embed_faces(images, verdict))
         if batch.recurs:
             self.originals[key] = original
         return original
@@ -268,6 +283,28 @@ class FairFinetuning(LightningModule):
         embed = self.sampler.in_chunks
         similarities = [(embed(network, images) * reference).sum(-1) for network, reference in pairs]
         return semantics_loss(similarities, factor1)
+
+    def embed_faces(self, images: Tensor, verdict: Verdict) -> Tensor | None:
+        """Embeddings of the aligned faces, with shape (N, D), where face realism asks for them."""
+        if self.face_realism is None:
+            return None
+        embedding = self.face_realism.embedding
+        return self.sampler.in_chunks(embedding, embedding.align(images, verdict.landmarks))
+
+    def realism(self, images: Tensor, verdict: Verdict, original: Original, alignments: dict[str, Alignment]) -> Tensor:
+        """L_face of this batch, logged where there is a face."""
+        before = original.verdict
+        keep = before.face
+        for name, chosen in alignments.items():
+            sure, classes = before.probabilities(name).max(1)
+            keep = keep & chosen.chosen & (chosen.targets == classes) & (sure >= self.face_realism.confidence)
+        embeddings = self.embed_faces(images, verdict)
+        references = face_references(embeddings, original.faces, keep, self.face_realism.bank)
+        total = int(self.gather(verdict.face).sum())
+        loss = face_realism_loss(embeddings, references, verdict.face, total, self.trainer.world_size)
+        if total:
+            self.log("loss/face", loss, sync_dist=True)
+        return loss
 
     @override
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:

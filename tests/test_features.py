@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from faces_world import SIZE, build_arcface
 from networks import PREPROCESSOR, build_clip, build_dino
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPModel, Dinov2Model
 
-from fairness_dft.features import Clip, Dino, FeatureNet
+from fairness_dft.features import Clip, Dino, FaceEmbedding, FaceRealism, FeatureNet
 
 TEXTS = ["a chef", "", "a portrait of an old violinist, a person"]  # the last is longer than what the tower reads
 
@@ -156,3 +158,87 @@ def test_a_missing_file_is_one_clear_line(
     with pytest.raises(ValueError, match=r"the feature network '.*' could not be loaded \(.+\): download"):
         network.load()
     assert not hasattr(network, "network")  # a second try does not find it half loaded
+
+
+@pytest.fixture(scope="module")
+def arcface(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_arcface(tmp_path_factory.mktemp("arcface") / "arcface.onnx")
+
+
+def insightface_embeddings(file: Path, pictures: Tensor) -> Tensor:
+    """What insightface's own class says of uint8 pictures with shape (N, 3, H, W), with unit length."""
+    from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+
+    found = ArcFaceONNX(str(file)).get_feat([p.flip(0).permute(1, 2, 0).contiguous().numpy() for p in pictures])
+    return normalize(torch.from_numpy(found), dim=1)
+
+
+@pytest.mark.parametrize("normalises", [False, True])
+def test_face_embeddings_are_those_of_insightface(arcface: Path, tmp_path: Path, normalises: bool) -> None:
+    file = arcface
+    if normalises:  # as mxnet exported: the network itself takes 127.5 off and divides
+        import onnx
+
+        model, file = onnx.load(arcface), tmp_path / "normalises.onnx"
+        for name, value in (("shift", 127.5), ("factor", 1 / 127.5)):
+            model.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [1], [value]))
+        model.graph.node[0].input[0] = "prepared"
+        steps = [("Mul", ["minus", "factor"], "prepared", "_mul0"), ("Sub", ["input.1", "shift"], "minus", "_minus0")]
+        for operator, inputs, output, name in steps:
+            model.graph.node.insert(0, onnx.helper.make_node(operator, inputs, [output], name=name))
+        onnx.save(model, file)
+    embedding = FaceEmbedding(str(file))
+    embedding.load()
+    pictures = torch.randint(0, 256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
+    found = embedding(pictures.float() / 255)
+    torch.testing.assert_close(found, insightface_embeddings(file, pictures), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+
+
+def test_face_embedding_passes_gradients_from_the_aligned_face_to_the_image(arcface: Path) -> None:
+    embedding = FaceEmbedding(str(arcface))
+    embedding.load()
+    images = torch.rand(2, 3, 40, 40, requires_grad=True)
+    landmarks = torch.tensor([[12.0, 15], [26, 15], [19, 22], [14, 30], [24, 30]]).expand(2, 5, 2)
+    faces = embedding.align(images, landmarks)
+    assert faces.shape == (2, 3, SIZE, SIZE)
+    embedding(faces)[:, 0].sum().backward()
+    assert (images.grad.abs().sum((1, 2, 3)) > 0).all() and not list(embedding.parameters())
+
+
+def test_face_realism_refuses_what_does_not_fit(arcface: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`confidence` must be at least 0 and at most 1, but got 2"):
+        FaceRealism("bank", confidence=2)
+    with pytest.raises(ValueError, match="the file 'no/such/arcface.onnx' could not be found"):
+        FaceRealism("bank", FaceEmbedding("no/such/arcface.onnx")).load()
+    banks = {
+        "empty": {"embeddings": torch.zeros(0, 8)},
+        "wide": {"embeddings": torch.ones(2, 9)},
+        "flat": {"embeddings": torch.ones(8)},
+        "other": {"faces": torch.ones(2, 8)},
+        "good": {"embeddings": torch.ones(2, 8)},
+    }
+    for name, tensors in banks.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        realism = FaceRealism(str(tmp_path / f"{name}.safetensors"), FaceEmbedding(str(arcface)))
+        if name == "good":
+            realism.load()
+            torch.testing.assert_close(realism.bank.norm(dim=1), torch.ones(2))
+            assert "bank" not in realism.state_dict()
+        else:
+            message = "could not be loaded: make one" if name == "other" else "must hold embeddings of 8 numbers each"
+            with pytest.raises(ValueError, match=message):
+                realism.load()
+    with pytest.raises(ValueError, match="face bank 'missing.safetensors' could not be loaded: make one of real faces"):
+        FaceRealism("missing.safetensors", FaceEmbedding(str(arcface))).load()
+
+
+def test_face_embedding_refuses_other_networks(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 1, 28, 28]) for n in "ab"]
+    graph = helper.make_graph([helper.make_node("Relu", ["a"], ["b"])], "g", values[:1], values[1:])
+    onnx.save(helper.make_model(graph), tmp_path / "grey.onnx")
+    with pytest.raises(ValueError, match=r"must read square color images, but its input is \[1, 1, 28, 28\]"):
+        FaceEmbedding(str(tmp_path / "grey.onnx")).load()

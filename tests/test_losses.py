@@ -10,6 +10,8 @@ from fairness_dft.losses import (
     Alignment,
     alignment_loss,
     dynamic_weights,
+    face_realism_loss,
+    face_references,
     must_change,
     scale_face_gradient,
     semantics_loss,
@@ -191,3 +193,49 @@ def test_no_images_are_no_trouble() -> None:
     nothing = torch.zeros(0, 4)
     scaled = scale_face_gradient(torch.rand(0, 3, 4, 4), nothing, nothing, torch.ones(0))
     assert scaled.shape == (0, 3, 4, 4)
+
+
+def unit(*shape: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(shape, dtype=torch.float64), dim=-1)
+
+
+def test_reference_is_the_original_or_the_nearest_face_of_the_bank() -> None:
+    faces, originals, bank = unit(7, 4).requires_grad_(), unit(7, 4).requires_grad_(), unit(30, 4)
+    keep = torch.tensor([True, False, False, True, False, True, False])
+    references = face_references(faces, originals, keep, bank)
+    assert not references.requires_grad
+    for i in range(7):
+        nearest = min(bank, key=lambda face, i=i: float((face - faces[i].detach()).square().sum()))
+        torch.testing.assert_close(references[i], originals[i].detach() if keep[i] else nearest)
+
+
+def test_face_loss_is_the_mean_distance_of_the_faces_seen() -> None:
+    faces, references = unit(5, 3).requires_grad_(), unit(5, 3)
+    seen = torch.tensor([True, False, True, True, False])
+    loss = face_realism_loss(faces, references, seen, 3)
+    cosines = [sum(a * b for a, b in zip(faces[i].tolist(), references[i].tolist(), strict=True)) for i in (0, 2, 3)]
+    assert loss.item() == pytest.approx(sum(1 - cosine for cosine in cosines) / 3)
+    loss.backward()
+    assert not faces.grad[~seen].any() and faces.grad[seen].any()
+
+
+def test_no_face_gives_a_face_loss_of_zero_with_a_graph() -> None:
+    faces = unit(3, 4).requires_grad_()
+    loss = face_realism_loss(faces, unit(3, 4), torch.zeros(3, dtype=torch.bool), 0)
+    loss.backward()
+    assert loss.item() == 0 and not faces.grad.any()
+
+
+@pytest.mark.parametrize("seen", [[1, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]])
+def test_the_mean_face_gradient_of_two_ranks_is_that_of_one_process(seen: list[int]) -> None:
+    faces, references, mask = unit(4, 3), unit(4, 3), torch.tensor(seen).bool()
+    weight = torch.eye(3, dtype=torch.float64)
+
+    def gradient(rows: slice, world_size: int) -> Tensor:
+        parameter = weight.clone().requires_grad_()
+        total = int(mask.sum())
+        face_realism_loss(faces[rows] @ parameter, references[rows], mask[rows], total, world_size).backward()
+        return parameter.grad
+
+    averaged = (gradient(slice(0, 2), 2) + gradient(slice(2, 4), 2)) / 2
+    torch.testing.assert_close(averaged, gradient(slice(0, 4), 1))

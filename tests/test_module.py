@@ -5,14 +5,16 @@ from math import comb
 
 import pytest
 import torch
+from faces_world import build_arcface
 from lightning import Callback
-from miniature import finetuning, prompts, trainer
+from miniature import PORTRAITS, finetuning, prompts, trainer
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 from fairness_dft.attributes import Attribute
-from fairness_dft.classifiers import Verdict
-from fairness_dft.faces import WholeFrame
-from fairness_dft.features import Clip
+from fairness_dft.classifiers import ImageClassifier, Judge, Verdict
+from fairness_dft.faces import DetectedFaces, InsightFace, WholeFrame
+from fairness_dft.features import Clip, FaceEmbedding, FaceRealism
 from fairness_dft.metrics import class_bias
 from fairness_dft.sampler import Sampler
 from fairness_dft.transport import expected_joint_targets, expected_targets
@@ -208,6 +210,92 @@ def test_a_batch_without_any_face_trains_on_semantics_alone(module, monkeypatch)
     assert not {"loss/alignment", "batch/bias", "batch/floor"} & logged.keys()  # an average over nothing is not zero
     torch.testing.assert_close(loss.item(), 8 * logged["loss/semantics"])
     assert all(torch.isfinite(p.grad).all() for p in module.adapter.parameters())
+
+
+@pytest.fixture(scope="module")
+def realism_files(tmp_path_factory):
+    """A random face network and a bank of 20 of its embeddings."""
+    folder = tmp_path_factory.mktemp("realism")
+    bank = torch.nn.functional.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    save_file({"embeddings": bank}, folder / "bank.safetensors")
+    return str(build_arcface(folder / "arcface.onnx")), str(folder / "bank.safetensors")
+
+
+def detecting(realism_files, **settings):
+    """A module that crops the faces that a detector finds, and compares them with a bank."""
+    network, bank = realism_files
+    finder = DetectedFaces([InsightFace(str(PORTRAITS / "detector"), size=(64, 64))], size=64)
+    judge = Judge(ImageClassifier(str(PORTRAITS / "classifier_training")), finder)
+    realism = FaceRealism(bank, FaceEmbedding(network), weight=2.0, confidence=0.6)
+    return finetuning(judge=judge, face_realism=realism, **settings)
+
+
+def test_face_realism_is_the_loss_written_out(realism_files, monkeypatch):
+    module = detecting(realism_files, attribute=Attribute("gender", confidence=0.55))
+    module.configure_model()
+    monkeypatch.setattr(type(module), "trainer", OneProcess())
+    move(module, 0.3)
+    batch, logged = first_batch(images_per_prompt=12), {}
+    record(monkeypatch, module, logged)
+    monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+    loss = module.training_step(batch, 0)
+    expected = logged["loss/alignment"] + 8 * logged["loss/semantics"] + 2 * logged["loss/face"]
+    torch.testing.assert_close(loss.item(), expected, rtol=1e-4, atol=1e-5)
+
+    images, original = sample_both(module, batch)
+    with torch.no_grad():
+        seen, before = module.judge(images), module.judge(original)
+        probabilities = seen.probabilities("gender")[seen.face]
+        targets, place = expected_targets(probabilities, [0.5, 0.5]), 0
+        bank, embedding = module.face_realism.bank, module.face_realism.embedding
+        distances, kept = [], 0
+        for i in range(12):
+            if not seen.face[i]:
+                continue
+            face = embedding(embedding.align(images[i : i + 1], seen.landmarks[i : i + 1]))[0]
+            sure, former = before.probabilities("gender")[i].max(0)
+            stays = before.face[i] and targets.confidence[place] >= 0.55 and targets.classes[place] == former
+            if stays and sure >= 0.6:
+                reference = embedding(embedding.align(original[i : i + 1], before.landmarks[i : i + 1]))[0]
+                kept += 1
+            else:
+                reference = max(bank, key=lambda real, face=face: float(real @ face))
+            distances.append(1 - float(face @ reference))
+            place += 1
+    assert 0 < kept < len(distances)  # both kinds of reference occur
+    torch.testing.assert_close(logged["loss/face"], sum(distances) / len(distances), rtol=1e-4, atol=1e-5)
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in module.adapter.parameters())
+
+
+def test_a_fit_through_the_detector_moves_the_adapter(realism_files, tmp_path):
+    module = detecting(realism_files, sampler=Sampler(steps=2, guidance_scale=2.0, decode_chunk=4))
+    module.configure_model()
+    start = module.adapter.state_dict("trained")
+    trainer(tmp_path).fit(module, prompts())
+    assert all(not torch.equal(value, start[key]) for key, value in module.adapter.state_dict("trained").items())
+
+
+def test_no_face_for_the_detector_trains_on_semantics_alone(realism_files, monkeypatch):
+    module = detecting(realism_files)
+    module.configure_model()
+    monkeypatch.setattr(type(module), "trainer", OneProcess())
+    monkeypatch.setattr(DetectedFaces, "find", lambda self, picture: None)
+    monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+    logged = {}
+    record(monkeypatch, module, logged)
+    loss = module.training_step(first_batch(), 0)
+    loss.backward()
+    assert not {"loss/alignment", "loss/face"} & logged.keys()
+    torch.testing.assert_close(loss.item(), 8 * logged["loss/semantics"])
+    assert all(parameter.grad.isfinite().all() for parameter in module.adapter.parameters())
+
+
+def test_face_realism_needs_landmarks(realism_files):
+    module = detecting(realism_files)
+    module.judge.faces = WholeFrame()
+    with pytest.raises(ValueError, match="--model.face_realism needs landmarks: let fairness_dft.faces.DetectedFaces"):
+        module.configure_model()
 
 
 def test_checkpointed_step_has_the_gradient_of_the_plain_one(module, monkeypatch):

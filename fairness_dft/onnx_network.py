@@ -1,0 +1,131 @@
+"""A convolutional network from an ONNX file, as differentiable PyTorch.
+
+onnxruntime gives no gradients; the face networks that everybody uses come as ONNX files. What these consist of is a
+handful of operators, each of which PyTorch has under another name.
+
+References:
+    Open Neural Network Exchange, operator schemas, https://onnx.ai/onnx/operators/
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class OnnxNetwork(nn.Module):
+    """The network of an ONNX file with one input and one output, frozen and in evaluation mode.
+
+    Args:
+        file: the ONNX file.
+
+    Raises:
+        ValueError: if it is none, or has operators that are not known here.
+
+    Attributes:
+        input_shape: of the input, with 0 for each dimension that may vary.
+        graph_names: names of the first nodes, by which exporters tell how pixels are prepared.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        super().__init__()
+        import onnx
+
+        try:
+            model = onnx.load(str(file))
+        except Exception as error:  # of protobuf, or of the file system
+            raise ValueError(f"{str(file)!r} is no ONNX file") from error
+        graph = model.graph
+        constants = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+        inputs = [value for value in graph.input if value.name not in constants]
+        if len(inputs) != 1 or len(graph.output) != 1:
+            raise ValueError(f"{str(file)!r} must have one input and one output")
+        self._nodes: list[tuple[str, list[str], str, dict[str, Any]]] = []
+        for node in graph.node:
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            if node.op_type == "Constant":
+                constants[node.output[0]] = onnx.numpy_helper.to_array(attributes["value"])
+            else:
+                self._nodes.append((node.op_type, list(node.input), node.output[0], attributes))
+        if unknown := sorted({operator for operator, *_ in self._nodes} - OPERATORS.keys()):
+            raise ValueError(f"{str(file)!r} has operators that are not known here: {', '.join(unknown)}")
+        self._input, self._output = inputs[0].name, graph.output[0].name
+        self._constants = {name: f"constant_{i}" for i, name in enumerate(constants)}  # buffers have no dots
+        for name, values in constants.items():
+            self.register_buffer(self._constants[name], torch.from_numpy(values.copy()), persistent=False)
+        self._last = {name: i for i, (_, names, *_) in enumerate(self._nodes) for name in names}
+        self.input_shape = tuple(dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim)
+        self.graph_names = [node.name for node in graph.node[:8]]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Run the network on its input."""
+        values = {self._input: pixels}
+        for i, (operator, names, output, attributes) in enumerate(self._nodes):
+            given = [self._value(values, name) if name else None for name in names]
+            values[output] = OPERATORS[operator](attributes, *given)
+            for name in names:
+                if self._last[name] == i and name != self._output:
+                    values.pop(name, None)  # nobody reads it again
+        return values[self._output]
+
+    def _value(self, values: dict[str, Tensor], name: str) -> Tensor:
+        return getattr(self, self._constants[name]) if name in self._constants else values[name]
+
+
+def _padded(attributes: dict[str, Any], x: Tensor, value: float = 0.0) -> Tensor:
+    """The input with the zeros, or other values, that an operator's `pads` (top, left, bottom, right) ask for."""
+    top, left, bottom, right = attributes.get("pads", (0, 0, 0, 0))
+    return F.pad(x, (left, right, top, bottom), value=value) if top or left or bottom or right else x
+
+
+def _convolution(attributes: dict[str, Any], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    strides, dilations = attributes.get("strides", (1, 1)), attributes.get("dilations", (1, 1))
+    x = _padded(attributes, x)
+    return F.conv2d(x, weight, bias, tuple(strides), 0, tuple(dilations), attributes.get("group", 1))
+
+
+def _batch_norm(
+    attributes: dict[str, Any], x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
+) -> Tensor:
+    return F.batch_norm(x, mean, variance, weight, bias, eps=attributes.get("epsilon", 1e-5))
+
+
+def _max_pool(attributes: dict[str, Any], x: Tensor) -> Tensor:
+    x = _padded(attributes, x, value=float("-inf"))
+    return F.max_pool2d(x, tuple(attributes["kernel_shape"]), tuple(attributes.get("strides", (1, 1))))
+
+
+def _gemm(attributes: dict[str, Any], a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    a, b = (a.T if attributes.get("transA") else a), (b.T if attributes.get("transB") else b)
+    product = attributes.get("alpha", 1.0) * (a @ b)
+    return product if c is None else product + attributes.get("beta", 1.0) * c
+
+
+def _reshape(attributes: dict[str, Any], x: Tensor, shape: Tensor) -> Tensor:
+    return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape.tolist())])
+
+
+OPERATORS: dict[str, Callable[..., Tensor]] = {
+    "Add": lambda _, a, b: a + b,
+    "BatchNormalization": _batch_norm,
+    "Conv": _convolution,
+    "Div": lambda _, a, b: a / b,
+    "Dropout": lambda _, x, *__: x,
+    "Flatten": lambda attributes, x: x.reshape(math.prod(x.shape[: attributes.get("axis", 1)]), -1),
+    "Gemm": _gemm,
+    "GlobalAveragePool": lambda _, x: x.mean((2, 3), keepdim=True),
+    "Identity": lambda _, x: x,
+    "MatMul": lambda _, a, b: a @ b,
+    "MaxPool": _max_pool,
+    "Mul": lambda _, a, b: a * b,
+    "PRelu": lambda _, x, slope: torch.where(x < 0, slope * x, x),
+    "Relu": lambda _, x: x.relu(),
+    "Reshape": _reshape,
+    "Sigmoid": lambda _, x: x.sigmoid(),
+    "Sub": lambda _, a, b: a - b,
+    "Transpose": lambda attributes, x: x.permute(tuple(attributes["perm"])),
+}

@@ -1,0 +1,33 @@
+"""A random face network in ArcFace's layout, and folders of drawn faces."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from fairness_dft.portraits.detector import draw_faces
+
+SIZE = 28
+
+
+def build_arcface(file: Path, size: int = SIZE, width: int = 8) -> Path:
+    """Saves a network with random weights whose embeddings differ visibly between faces."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.PReLU(6), nn.Conv2d(6, 8, 3, 2, 1), nn.Flatten()]
+        network = nn.Sequential(*layers, nn.Linear(8 * (size // 4) ** 2, width)).eval()
+        options = {"input_names": ["input.1"], "dynamic_axes": {"input.1": {0: "n"}}, "dynamo": False}
+        torch.onnx.export(network, (torch.zeros(1, 3, size, size),), str(file), **options)
+    return file
+
+
+def save_pictures(folder: Path, count: int, seed: int = 0) -> list[bool]:
+    """Saves drawn pictures as PNG files, and returns which of them show a face."""
+    folder.mkdir(parents=True, exist_ok=True)
+    faces = draw_faces(count, seed)
+    for i, pixels in enumerate(faces.pictures):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i:03}.png")
+    return faces.present.tolist()
