@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace
-from lightning import Trainer
+from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -54,7 +54,73 @@ TYPE = r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.+)\]|dot import path strin
 EXPECTED = re.compile(rf"Expected a (?:{TYPE})(?:(?:\. Got value)?: (.*))?$")
 
 
-class FairnessCLI(LightningCLI):
+class OneLineCLI(LightningCLI):
+    """Lightning's CLI, in which every mistake is one line, told before a model is loaded.
+
+    Args:
+        command: the name of the module that is run.
+        module: the LightningModule that is built.
+        data: the base class of the data that is built.
+        args: of the command line; those of the process by default.
+        example: arguments with which the command runs.
+        trainer_defaults: what the trainer is made with unless the user says otherwise.
+
+    Raises:
+        ValueError: in one line, for any mistake in configuration.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        module: type[LightningModule],
+        data: type[LightningDataModule],
+        args: ArgsType = None,
+        example: str = "",
+        trainer_defaults: dict[str, Any] | None = None,
+    ) -> None:
+        self.example = example
+        super().__init__(
+            module,
+            data,
+            subclass_mode_data=True,
+            args=args,
+            run=False,
+            seed_everything_default=0,
+            save_config_kwargs={"config_filename": "config.yaml"},
+            parser_kwargs={
+                "prog": f"python -m fairness_dft.{command}",
+                "parser_mode": "omegaconf+",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+            },
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, **(trainer_defaults or {})},
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            out = way_out(str(error), parser.get_defaults().keys(), self.example)
+            raise ValueError(innermost(str(error)) + out) from error
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(innermost(str(error), self.config)) from error
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            hint = "where it is about the machine, leave accelerator and devices to auto"
+            raise ValueError(f"--trainer: {one_line(error).rstrip('.!')}; {hint}") from error
+
+
+class FairnessCLI(OneLineCLI):
     """Builds module, prompts, monitors and trainer from YAML files and flags; later ones win.
 
     Raises:
@@ -62,22 +128,8 @@ class FairnessCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None) -> None:
-        super().__init__(
-            FairFinetuning,
-            PromptModule,
-            subclass_mode_data=True,
-            args=args,
-            run=False,
-            seed_everything_default=0,
-            save_config_kwargs={"config_filename": "config.yaml"},
-            parser_kwargs={
-                "prog": "python -m fairness_dft.fit",
-                "parser_mode": "omegaconf+",
-                "exit_on_error": False,
-                "allow_abbrev": False,
-            },
-            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "callbacks": [GracefulStop()]},
-        )
+        example = "--config experiments/quickstart.yaml"
+        super().__init__("fit", FairFinetuning, PromptModule, args, example, {"callbacks": [GracefulStop()]})
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -90,24 +142,10 @@ class FairnessCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume from.")
 
     @override
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        try:
-            super().parse_arguments(parser, args)
-        except ArgumentError as error:
-            raise ValueError(innermost(str(error)) + way_out(str(error), parser.get_defaults().keys())) from error
-
-    @override
     def before_instantiate_classes(self) -> None:
         writable(Path(self.config.output))
         if self.config.ckpt_path is not None:
             resumable(Path(self.config.ckpt_path))
-
-    @override
-    def instantiate_classes(self) -> None:
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            raise ValueError(innermost(str(error), self.config)) from error
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -123,11 +161,7 @@ class FairnessCLI(LightningCLI):
             kwargs["default_root_dir"] = tensorboard.log_dir  # a run without curves has its own folder too
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False and not self.own_progress_bar():
             self.trainer_defaults["callbacks"].append(StepBar())
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError, ValueError) as error:
-            hint = "where it is about the machine, leave accelerator and devices to auto"
-            raise ValueError(f"--trainer: {one_line(error).rstrip('.!')}; {hint}") from error
+        return super().instantiate_trainer(**kwargs)
 
     def own_progress_bar(self) -> bool:
         """Whether the user's configuration brings a progress bar of its own."""
@@ -165,15 +199,16 @@ def innermost(message: str, config: Namespace | None = None) -> str:
     return f"{where}must be {' or '.join(allowed)}, but got {types[0][3] or given[1]}"
 
 
-def way_out(message: str, options: Iterable[str]) -> str:
+def way_out(message: str, options: Iterable[str], example: str) -> str:
     """What to do about a mistake that the parser only names; nothing, if it does more.
 
     Args:
         message: the parser's.
         options: all that the command line knows, without dashes.
+        example: arguments with which the command runs.
     """
     if "arguments are required" in message:
-        return "; give an experiment, such as --config experiments/quickstart.yaml"
+        return f"; give them, for example {example}"
     unknown = re.search(r"unrecognized arguments: -*([^ =]+)|(?:Group '(.+)' .+ o|O)ption '(.+?)'", message)
     if not unknown:
         return ""

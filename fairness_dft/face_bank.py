@@ -36,7 +36,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         config = parser.parse_args(args)
     except ArgumentError as error:
-        raise ValueError(innermost(str(error)) + way_out(str(error), parser.get_defaults().keys())) from error
+        out = way_out(str(error), parser.get_defaults().keys(), "--images FOLDER")
+        raise ValueError(innermost(str(error)) + out) from error
     files = picture_files(Path(config.images))
     output = new_file(Path(config.output))
     objects = parser.instantiate_classes(config)

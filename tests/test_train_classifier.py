@@ -1,0 +1,220 @@
+"""Training a classifier: its parts against hand-written references, and the whole command on drawn faces."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ResNetConfig, ViTConfig, ViTForImageClassification
+
+from fairness_dft.classifiers import ImageClassifier
+from fairness_dft.labelled_faces import UNKNOWN, LabelledFolder, Pictures
+from fairness_dft.portraits.draw import AGES, GENDERS, SKINS
+from fairness_dft.portraits.training import draw_portraits
+from fairness_dft.train_classifier import ClassifierTraining, head_loss, last_linear, main, temperature
+
+NAMES = {"gender": GENDERS, "race": SKINS, "age": AGES}
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn faces, with a table; every tenth age is not known."""
+    folder = tmp_path_factory.mktemp("faces")
+    portraits = draw_portraits(700, seed=5, balanced=True)
+    rows = []
+    for i in portraits.labels["face"].nonzero().flatten().tolist():
+        Image.fromarray(portraits.pictures[i].permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+        row = {head: NAMES[head][int(portraits.labels[head][i])] for head in NAMES}
+        row["age"] = "" if i % 10 == 3 else row["age"]
+        rows.append({"file": f"{i}.png", "split": ("train", "train", "train", "validation", "test")[i % 5], **row})
+    with (folder / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ResNet's configuration alone: it starts with random weights."""
+    folder = tmp_path_factory.mktemp("backbone")
+    ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic").save_pretrained(folder)
+    preparation = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preparation))
+    return folder
+
+
+def flags(faces: Path, backbone: Path, output: Path, **more: object) -> list[str]:
+    settings = {
+        "seed_everything": 0,
+        "model.backbone": backbone,
+        "model.learning_rate": 1e-2,
+        "data": "fairness_dft.labelled_faces.LabelledFolder",
+        "data.init_args.folder": faces,
+        "data.init_args.workers": 0,
+        "data.init_args.batch_size": 32,
+        "output": output,
+        "trainer.max_epochs": 15,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.enable_progress_bar": "false",
+        "trainer.logger": "false",
+        **more,
+    }
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def trained(faces: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("classifiers") / "drawn"
+    main(flags(faces, backbone, output))
+    return output
+
+
+@pytest.mark.slow
+def test_trained_classifier_is_what_its_figures_say(faces: Path, trained: Path) -> None:
+    """The figures, again: by the project's own loader of classifiers, over the test pictures."""
+    figures = json.loads((trained / "metrics.json").read_text())
+    classifier = ImageClassifier(str(trained))
+    classifier.load()
+    assert classifier.heads == {head: tuple(sorted(names)) for head, names in NAMES.items()}
+    data = LabelledFolder(str(faces))
+    data.read()
+    pictures = Pictures(data.pictures["test"], 32)
+    assert figures["split"] == "test" and figures["pictures"]["test"] == len(pictures)
+    with torch.no_grad():
+        logits = classifier(torch.stack([pixels for pixels, _ in pictures]).float() / 255)
+    for head, classes in classifier.heads.items():
+        truth = torch.tensor([labels[head] for _, labels in pictures])
+        verdict = logits[head].argmax(1)
+        recall = [float((verdict[truth == i] == i).float().mean()) for i in range(len(classes))]
+        values = figures["heads"][head]
+        assert list(values["recall"].values()) == pytest.approx(recall)
+        assert values["balanced_accuracy"] == pytest.approx(sum(recall) / len(recall))
+        assert values["accuracy"] == pytest.approx(float((verdict == truth)[truth != UNKNOWN].float().mean()))
+        expected = [
+            [int(((truth == i) & (verdict == j)).sum()) for j in range(len(classes))] for i in range(len(classes))
+        ]
+        assert values["confusion"] == expected
+    assert figures["heads"]["race"]["balanced_accuracy"] > 0.7  # chance: 0.25
+    assert figures["heads"]["gender"]["balanced_accuracy"] > 0.7
+
+
+@pytest.mark.slow
+def test_temperatures_are_in_the_saved_layer_and_best_on_validation(faces: Path, trained: Path) -> None:
+    classifier = ImageClassifier(str(trained))
+    classifier.load()
+    data = LabelledFolder(str(faces))
+    data.read()
+    pictures = Pictures(data.pictures["validation"], 32)
+    with torch.no_grad():
+        logits = classifier(torch.stack([pixels for pixels, _ in pictures]).float() / 255)
+    for head in classifier.heads:
+        truth = torch.tensor([labels[head] for _, labels in pictures])
+        assert temperature(logits[head], truth) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.slow
+def test_model_card_tells_figures_and_limits(trained: Path) -> None:
+    card, figures = (trained / "README.md").read_text(), json.loads((trained / "metrics.json").read_text())
+    assert "perceived" in card and "must not be used to" in card and "LabelledFolder" in card
+    for head, values in figures["heads"].items():
+        assert f"| {head} | {values['balanced_accuracy']:.3f} |" in card
+        for name, row in zip(sorted(NAMES[head]), values["confusion"], strict=True):
+            assert f"| {name} | {' | '.join(map(str, row))} |" in card
+    assert str(trained.parent.parent) not in (trained / "config.json").read_text()
+
+
+def test_loss_of_a_head_is_the_weighted_mean_over_known_labels() -> None:
+    logits = torch.randn(5, 3, dtype=torch.float64)
+    labels, weights = torch.tensor([0, UNKNOWN, 2, 1, UNKNOWN]), torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    expected = 0.0
+    for i in (0, 2, 3):
+        exponentials = [math.exp(value) for value in logits[i].tolist()]
+        expected -= float(weights[labels[i]]) * math.log(exponentials[int(labels[i])] / sum(exponentials))
+    assert head_loss(logits, labels, weights).item() == pytest.approx(expected / 3)
+    nothing = head_loss(logits.requires_grad_(), torch.full((5,), UNKNOWN), weights)
+    nothing.backward()
+    assert nothing.item() == 0 and not logits.grad.any()
+
+
+@pytest.mark.parametrize("true", [0.4, 1.0, 3.0])
+def test_temperature_undoes_a_scale(true: float) -> None:
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 2, (20_000, 3))
+    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = np.array([random.choice(3, p=chance) for chance in chances])
+    labels[:100] = UNKNOWN
+    found = temperature(torch.from_numpy(logits * true), torch.from_numpy(labels))
+    assert found == pytest.approx(true, rel=0.05)
+    assert temperature(torch.zeros(2, 2), torch.full((2,), UNKNOWN)) == 1
+
+
+def test_balanced_weights_give_every_class_the_same_share(tmp_path: Path, backbone: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    rows = ["x.png,train,a,p", "x.png,train,a,q", "x.png,train,a,", "x.png,train,b,p", "x.png,validation,b,q"]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,split,one,two", *rows]) + "\n")
+    data = LabelledFolder(str(tmp_path))
+    data.read()
+    for balance, expected in ((True, [4 / 6, 2.0]), (False, [1.0, 1.0])):
+        training = ClassifierTraining(str(backbone), balance=balance)
+        training.load(data)
+        assert training.weights["one"].tolist() == pytest.approx(expected)
+        assert training.weights["two"].tolist() == pytest.approx([0.75, 1.5] if balance else [1.0, 1.0])
+        assert data.size == 32 and training.network.training
+
+
+def test_pretrained_backbone_keeps_its_body_and_gets_new_heads(tmp_path: Path, faces: Path) -> None:
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
+    original = ViTForImageClassification(ViTConfig(**sizes, patch_size=16, num_labels=5))
+    original.save_pretrained(tmp_path / "vit")
+    data = LabelledFolder(str(faces))
+    data.read()
+    for pretrained in (True, False):
+        training = ClassifierTraining(str(tmp_path / "vit"), pretrained=pretrained)
+        training.load(data)
+        name = "vit.embeddings.patch_embeddings.projection.weight"
+        same = torch.equal(training.network.state_dict()[name], original.state_dict()[name])
+        assert same == pretrained
+        assert last_linear(training.network).out_features == 8
+        assert training.preparation["size"] == {"height": 32, "width": 32}
+        assert training.preparation["image_mean"] == [0.485, 0.456, 0.406]
+
+
+def test_mistakes_are_one_line(faces: Path, backbone: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "model").write_text("precious")
+    for changes, message in (
+        ({"output": tmp_path / "there"}, "--output: .* is there already"),
+        ({"output": tmp_path / "there" / "model" / "x"}, "--output: cannot write"),
+        ({"model.backbone": "no/such-backbone"}, "--model.backbone: 'no/such-backbone' could not be loaded"),
+        ({"model.smoothing": 1.5}, "`smoothing` must be in"),
+        ({"data.init_args.folder": tmp_path / "missing"}, "--data: there is no folder"),
+        ({"data.init_args.labels": "other.csv"}, "--data: there is no file"),
+        ({"model.learning_rat": 1}, "did you mean --model.learning_rate"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            main(flags(faces, backbone, **{"output": tmp_path / "new", **changes}))
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "there" / "model").read_text() == "precious"
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "experiments" / "classifiers").glob("*.yaml")))
+def test_every_classifier_experiment_asks_for_its_data(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--data: there is no folder 'fairface'"):
+        main([f"--config={file}", f"--output={tmp_path / 'new'}", "--trainer.accelerator=cpu", "--trainer.devices=1"])
+
+
+@pytest.mark.slow
+def test_the_command_ends_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fairness_dft.train_classifier", "--data=fairness_dft.labelled_faces.FairFace"]
+    command += ["--data.init_args.folder", str(tmp_path / "missing"), "--output", str(tmp_path / "new")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --data: there is no folder")
+    assert "Traceback" not in done.stderr
