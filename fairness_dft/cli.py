@@ -31,6 +31,7 @@ from fairness_dft.callbacks import (
     StepBar,
     Throughput,
 )
+from fairness_dft.loading import one_line
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompts import PromptModule
 from fairness_dft.stop import FiniteSteps, GracefulStop
@@ -168,11 +169,6 @@ class FairnessCLI(OneLineCLI):
         callbacks = self._get(self.config_init, "trainer.callbacks")
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         return any(isinstance(callback, ProgressBar) for callback in callbacks)
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error without its line breaks."""
-    return " ".join(str(error).split())
 
 
 def innermost(message: str, config: Namespace | None = None) -> str:

@@ -1,23 +1,25 @@
 """Embed the faces of a folder of pictures for face realism: `python -m fairness_dft.face_bank --images FOLDER`."""
 
-import sys
-from collections.abc import Iterator
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
-from PIL import Image
+from PIL import Image, ImageOps
+from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fairness_dft.cli import innermost, run_main, way_out
 from fairness_dft.faces import DetectedFaces
-from fairness_dft.features import FaceEmbedding
+from fairness_dft.features import NETWORK, FaceEmbedding
+from fairness_dft.loading import one_line
 
 BATCH = 64
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -41,13 +43,18 @@ def main(args: list[str] | None = None) -> None:
     files = picture_files(Path(config.images))
     output = new_file(Path(config.output))
     objects = parser.instantiate_classes(config)
-    objects.faces.load()
+    objects.faces.load()  # first: with its package the detector brings the face network
     objects.embedding.load()
-    embeddings, skipped = embed(files, objects.faces, objects.embedding)
+    embeddings = embed(files, objects.faces, objects.embedding)
     if not len(embeddings):
         raise ValueError(f"--images: no face was found in the {len(files)} files of {config.images!r}")
-    save_file({"embeddings": embeddings}, output, metadata={"format": "pt"})
-    print(f"{len(embeddings)} faces in {output}; {skipped} of {len(files)} files show none or are no pictures")
+    metadata = {"format": "pt", NETWORK: objects.embedding.digest}
+    try:
+        save_file({"embeddings": embeddings}, output, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--output: {str(output)!r} could not be written: {one_line(error)}") from error
+    faceless = len(files) - len(embeddings)
+    print(f"{len(embeddings)} faces in {output}; {faceless} of {len(files)} files show none or are no pictures")
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -58,8 +65,7 @@ def picture_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"--images: there is no folder {str(folder)!r}")
-    known = Image.registered_extensions()
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in known and file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
     if not files:
         raise ValueError(f"--images: the folder {str(folder)!r} holds no pictures, such as .jpg or .png")
     return files
@@ -83,8 +89,8 @@ def new_file(file: Path) -> Path:
 
 
 @torch.no_grad()
-def embed(files: list[Path], finder: DetectedFaces, embedding: FaceEmbedding) -> tuple[Tensor, int]:
-    """Embeddings of the largest face of each picture.
+def embed(files: list[Path], finder: DetectedFaces, embedding: FaceEmbedding) -> Tensor:
+    """Embeddings of the largest face of each picture that shows one.
 
     Args:
         files: the pictures.
@@ -92,29 +98,32 @@ def embed(files: list[Path], finder: DetectedFaces, embedding: FaceEmbedding) ->
         embedding: a loaded face network.
 
     Returns:
-        Embeddings of unit length, float32 with shape (M, D), and how many files show no face or are no pictures.
+        Embeddings of unit length, float32 with shape (M, D).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     embedding.to(device)
-    faces, embeddings = aligned(files, finder, embedding), []
-    while batch := list(islice(faces, BATCH)):
-        embeddings.append(embedding(torch.cat(batch).to(device)).cpu())
-    found = torch.cat(embeddings) if embeddings else torch.zeros(0, 1)
-    return found, len(files) - len(found)
+    batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+    found = [torch.zeros(0, embedding.width)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for batch in track(batches, "finding faces", console=Console(stderr=True)):
+            seen = pool.map(lambda file: aligned(file, finder, embedding), batch)
+            if faces := [face for face in seen if face is not None]:
+                found.append(embedding(torch.cat(faces).to(device)).cpu())
+    return torch.cat(found)
 
 
-def aligned(files: list[Path], finder: DetectedFaces, embedding: FaceEmbedding) -> Iterator[Tensor]:
-    """The aligned largest face of each picture that shows one, with shape (1, 3, size, size)."""
-    for file in track(files, description="finding faces", disable=not sys.stderr.isatty()):
-        try:
-            with Image.open(file) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-        except (OSError, ValueError):  # what is no picture in spite of its name
-            continue
-        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
-        _, landmarks, mask = finder.detect(image)
-        if mask.item():
-            yield embedding.align(image, landmarks)
+def aligned(file: Path, finder: DetectedFaces, embedding: FaceEmbedding) -> Tensor | None:
+    """The aligned largest face of a picture, with shape (1, 3, size, size); None without one."""
+    try:
+        with Image.open(file) as opened:
+            pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+    except Exception:  # what is no picture in spite of its name; each format raises its own
+        return None
+    found = finder.find(np.ascontiguousarray(pixels[..., ::-1]))
+    if found is None:
+        return None
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    return embedding.align(image, torch.from_numpy(found[1])[None].float())
 
 
 if __name__ == "__main__":

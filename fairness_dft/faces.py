@@ -12,26 +12,22 @@ The landmarks are those five, in this order, left and right as seen in the image
 References:
     Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), appendix on face finding,
     https://arxiv.org/abs/2311.07604
-    Sample and Computation Redistribution for Efficient Face Detection (SCRFD; Guo et al., 2021),
-    https://arxiv.org/abs/2105.04714
-    YuNet: A Tiny Millisecond-level Face Detector (Wu et al., 2023), https://doi.org/10.1007/s11633-023-1423-y
     ArcFace (Deng et al., 2019), https://arxiv.org/abs/1801.07698
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
-from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 from typing_extensions import override
 
-from fairness_dft.loading import file_or_hub
+from fairness_dft.detectors import FaceDetector, InsightFace, YuNet
 
 ALIGNED_SIZE = 112
 # Where ArcFace expects the landmarks, in pixels of an aligned face.
@@ -98,140 +94,6 @@ def whole_frame_boxes(images: Tensor) -> Tensor:
     return images.new_tensor([0, 0, width, height]).expand(len(images), 4)
 
 
-@dataclass(frozen=True)
-class Detections:
-    """All faces of one picture.
-
-    Attributes:
-        boxes: left, top, right, bottom in pixels, float with shape (M, 4).
-        landmarks: x and y of the five landmarks in pixels, float with shape (M, 5, 2).
-    """
-
-    boxes: np.ndarray
-    landmarks: np.ndarray
-
-    def largest(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Box and landmarks of the face with the largest area, with shapes (4,) and (5, 2); None without a face."""
-        if not len(self.boxes):
-            return None
-        index = np.prod(self.boxes[:, 2:] - self.boxes[:, :2], axis=1).argmax()
-        return self.boxes[index], self.landmarks[index]
-
-
-class FaceDetector(ABC):
-    """Finds all faces of a picture, outside of any graph; it may be called from several threads."""
-
-    @abstractmethod
-    def load(self) -> None:
-        """Load the weights; the constructor loads nothing.
-
-        Raises:
-            ValueError: if they are not there, or not a face detector's.
-        """
-
-    @abstractmethod
-    def detect(self, picture: np.ndarray) -> Detections:
-        """Find the faces of a picture: uint8 with shape (H, W, 3), blue, green, red."""
-
-
-class InsightFace(FaceDetector):
-    """The detector of an insightface package.
-
-    The weights that insightface offers are for non-commercial research only.
-
-    Args:
-        name: a package, which insightface downloads, or a local folder of ONNX files.
-        size: width and height at which it looks at pictures, both multiples of 32; a list of both.
-        threshold: the lowest score of a face, in (0, 1).
-        providers: onnxruntime's execution providers; by default the fastest that is installed.
-    """
-
-    def __init__(
-        self,
-        name: str = "buffalo_l",
-        size: tuple[int, int] = (640, 640),
-        threshold: float = 0.5,
-        providers: Sequence[str] | None = None,
-    ) -> None:
-        if any(side < 32 or side % 32 for side in size):
-            raise ValueError(f"`size` must be multiples of 32, but got {list(size)}")
-        check_threshold(threshold)
-        self.name, self.size, self.threshold = name, tuple(size), threshold
-        self.providers = None if providers is None else list(providers)
-
-    @override
-    def load(self) -> None:
-        from insightface.app import FaceAnalysis
-
-        try:
-            with redirect_stdout(StringIO()):
-                analysis = FaceAnalysis(self.name, allowed_modules=["detection"], providers=self.providers)
-                analysis.prepare(ctx_id=0, det_thresh=self.threshold, det_size=self.size)
-        except Exception as error:  # of the network, onnxruntime or insightface's own assertions
-            raise ValueError(
-                f"the face detector {self.name!r} could not be loaded: give a local folder of ONNX files with a "
-                "detector among them, or a package of insightface where the network can be reached"
-            ) from error
-        if not getattr(analysis.det_model, "use_kps", False):
-            raise ValueError(f"the face detector {self.name!r} finds no landmarks: choose one that does")
-        self._detector = analysis.det_model
-
-    @override
-    def detect(self, picture: np.ndarray) -> Detections:
-        boxes, landmarks = self._detector.detect(picture)
-        return Detections(boxes[:, :4], landmarks)
-
-
-class YuNet(FaceDetector):
-    """OpenCV's small detector, whose weights are free for any use (MIT).
-
-    Args:
-        path: its ONNX file, local or as owner/repository/file on the Hugging Face hub.
-        threshold: the lowest score of a face, in (0, 1).
-    """
-
-    def __init__(
-        self, path: str = "opencv/face_detection_yunet/face_detection_yunet_2023mar.onnx", threshold: float = 0.7
-    ) -> None:
-        check_threshold(threshold)
-        self.path, self.threshold = path, threshold
-        self._lock = Lock()
-
-    @override
-    def load(self) -> None:
-        import cv2
-
-        file = file_or_hub(self.path)
-        cv2.utils.logging.setLogLevel(
-            cv2.utils.logging.LOG_LEVEL_ERROR
-        )  # no warnings of hardware that is not asked for
-        try:
-            self._detector = cv2.FaceDetectorYN.create(str(file), "", (320, 320), self.threshold)
-        except cv2.error as error:
-            raise ValueError(
-                f"the face detector {self.path!r} could not be loaded: it is no YuNet of OpenCV"
-            ) from error
-
-    @override
-    def detect(self, picture: np.ndarray) -> Detections:
-        with self._lock:  # it keeps the size of the picture
-            self._detector.setInputSize(picture.shape[1::-1])
-            found = self._detector.detect(picture)[1]
-        found = np.zeros((0, 15), np.float32) if found is None else found
-        boxes = np.concatenate([found[:, :2], found[:, :2] + found[:, 2:4]], axis=1)
-        return Detections(boxes, found[:, 4:14].reshape(-1, 5, 2))
-
-
-def check_threshold(threshold: float) -> None:
-    """Refuse a threshold outside of (0, 1).
-
-    Raises:
-        ValueError: if it is.
-    """
-    if not 0 < threshold < 1:
-        raise ValueError(f"`threshold` must be above 0 and below 1, but got {threshold}")
-
-
 class DetectedFaces(FaceFinder):
     """The largest face that a detector sees, as a square crop.
 
@@ -271,11 +133,11 @@ class DetectedFaces(FaceFinder):
         table[:, :4] = 0, 0, width, height
         table[:, 4:14] = np.ravel(ALIGNED_LANDMARKS) * (min(height, width) / ALIGNED_SIZE)
         table[:, 14] = 0
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for row, found in zip(table, pool.map(self.find, pictures), strict=True):
                 if found is not None:
                     row[:4], row[4:14], row[14] = found[0], found[1].ravel(), 1
-        values = torch.from_numpy(table).to(images.device, non_blocking=True)
+        values = torch.from_numpy(table).to(images.device)
         return values[:, :4], values[:, 4:14].unflatten(1, (5, 2)), values[:, 14] > 0
 
     def find(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -287,6 +149,9 @@ class DetectedFaces(FaceFinder):
 def square_crops(images: Tensor, boxes: Tensor, size: int, margin: float = 0.5) -> Tensor:
     """Square crops about boxes, differentiable in the images; beyond its edge an image goes on as at the edge.
 
+    Where a crop is scaled down, it is first sampled more finely and then averaged, so that every pixel of the face
+    counts and gets its gradient.
+
     Args:
         images: with shape (N, 3, H, W).
         boxes: left, top, right, bottom in pixels, with shape (N, 4).
@@ -296,27 +161,33 @@ def square_crops(images: Tensor, boxes: Tensor, size: int, margin: float = 0.5) 
     Returns:
         Crops, with shape (N, 3, size, size).
     """
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    scales = size / ((1 + margin) * (boxes[:, 2:] - boxes[:, :2]).amax(1))
+    centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (1 + margin) * (boxes[:, 2:] - boxes[:, :2]).amax(1)
+    # A sample is interpolated between two by two pixels.
+    finer = max(1, math.ceil(float(sides.max()) / (2 * size))) if len(sides) else 1
+    scales = finer * size / sides
     # An image's first pixel lies at 0 and covers half a unit to each side.
-    shifts = size / 2 - 0.5 - scales[:, None] * (centres - 0.5)
+    shifts = finer * size / 2 - 0.5 - scales[:, None] * (centres - 0.5)
     zeros = torch.zeros_like(scales)
     rows = [torch.stack([scales, zeros, shifts[:, 0]], 1), torch.stack([zeros, scales, shifts[:, 1]], 1)]
-    return warp(images, torch.stack(rows, 1), size, "border")
+    return avg_pool2d(warp(images, torch.stack(rows, 1), finer * size, "border"), finer)
 
 
 def aligned_faces(images: Tensor, landmarks: Tensor, size: int = ALIGNED_SIZE) -> Tensor:
-    """Aligned faces, differentiable in the images; black beyond an image's edge, as insightface has it.
+    """Aligned faces as insightface makes them, differentiable in the images; black beyond an image's edge.
 
     Args:
         images: with shape (N, 3, H, W).
         landmarks: of the face in each, in pixels, with shape (N, 5, 2).
-        size: side of the aligned faces in pixels.
+        size: side of the aligned faces in pixels; of multiples of 128 insightface leaves more beside the face.
 
     Returns:
         Faces, with shape (N, 3, size, size).
     """
-    places = landmarks.new_tensor(ALIGNED_LANDMARKS) * (size / ALIGNED_SIZE)
+    places = landmarks.new_tensor(ALIGNED_LANDMARKS)
+    if size % 128 == 0 and size % ALIGNED_SIZE:
+        places = (places + places.new_tensor([8.0, 0.0])) * (size / 128)
+    else:
+        places = places * (size / ALIGNED_SIZE)
     return warp(images, similarity_transforms(landmarks, places), size, "zeros")
 
 
@@ -337,9 +208,11 @@ def similarity_transforms(points: Tensor, places: Tensor) -> Tensor:
     norm = z.square().sum((1, 2))
     real = (z * w).sum((1, 2)) / norm
     imaginary = (z[..., 0] * w[:, 1] - z[..., 1] * w[:, 0]).sum(1) / norm
-    linear = torch.stack([torch.stack([real, -imaginary], 1), torch.stack([imaginary, real], 1)], 1)
-    shift = places.mean(0)[:, None] - linear @ points.mean(1)[:, :, None]
-    return torch.cat([linear, shift], 2)
+    # No matrix products, which autocast would compute in half precision.
+    (x, y), (to_x, to_y) = points.mean(1).unbind(1), places.mean(0)
+    first = torch.stack([real, -imaginary, to_x - real * x + imaginary * y], 1)
+    second = torch.stack([imaginary, real, to_y - imaginary * x - real * y], 1)
+    return torch.stack([first, second], 1)
 
 
 def warp(images: Tensor, transforms: Tensor, size: int, padding: str) -> Tensor:

@@ -3,17 +3,21 @@
 All embeddings have unit length, so that a dot product is the cosine similarity.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fairness_dft.faces import ALIGNED_SIZE, aligned_faces
-from fairness_dft.loading import file_or_hub, on_hub, quiet, resolve
+from fairness_dft.loading import file_or_hub, on_hub, one_line, quiet, resolve
 from fairness_dft.onnx_network import OnnxNetwork
 from fairness_dft.preprocessing import Preprocessing
+
+NETWORK = "face_network_sha256"  # in a bank's metadata
 
 
 class FeatureNet(nn.Module, ABC):
@@ -137,16 +141,34 @@ class FaceEmbedding(nn.Module):
         """
         if hasattr(self, "network"):
             return
-        self.network = OnnxNetwork(file_or_hub(self.path))
-        *_, channels, height, width = (0, 0, 0, *self.network.input_shape)
+        try:
+            file = file_or_hub(self.path)
+        except ValueError as error:
+            raise ValueError(
+                f"the face network {self.path!r} is not there: insightface downloads its own with the detector "
+                "buffalo_l (fairness_dft.detectors.InsightFace; for non-commercial research only); else give another "
+                "ONNX file, or leave face realism off (--model.face_realism null)"
+            ) from error
+        network = OnnxNetwork(file)
+        *_, channels, height, width = (0, 0, 0, *network.input_shape)
         if channels != 3 or height != width:
-            shape = list(self.network.input_shape)
+            shape = list(network.input_shape)
             raise ValueError(f"the face network {self.path!r} must read square color images, but its input is {shape}")
         self.size = height or ALIGNED_SIZE
-        # As insightface tells: networks that begin by normalising want values in [0, 255].
-        begins = [name for name in self.network.graph_names if name.startswith(("Sub", "_minus", "Mul", "_mul"))]
-        normalises = {name[:3] in ("Sub", "_mi") for name in begins} == {True, False}
-        self.scale, self.shift = (255.0, 0.0) if normalises else (2.0, -1.0)
+        # As insightface tells: a network that begins by normalising wants values in [0, 255].
+        subtracts = any(name.startswith(("Sub", "_minus")) for name in network.first_names)
+        multiplies = any(name.startswith(("Mul", "_mul")) for name in network.first_names)
+        self.scale, self.shift = (255.0, 0.0) if subtracts and multiplies else (2.0, -1.0)
+        try:
+            with torch.no_grad():
+                embeddings = network(torch.zeros(2, 3, self.size, self.size))
+        except Exception as error:  # whatever the operators make of shapes that do not fit
+            raise ValueError(f"the face network {self.path!r} cannot be run: {one_line(error)}") from error
+        if embeddings.ndim != 2 or len(embeddings) != 2:
+            shape = list(embeddings.shape)
+            raise ValueError(f"the face network {self.path!r} must give one embedding a face, but of two got {shape}")
+        self.network, self.width = network, embeddings.shape[1]
+        self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
 
     def align(self, images: Tensor, landmarks: Tensor) -> Tensor:
         """The aligned faces that it reads, with shape (N, 3, size, size); see `faces.aligned_faces`."""
@@ -173,8 +195,24 @@ class FaceRealism(nn.Module):
         super().__init__()
         if not 0 <= confidence <= 1:
             raise ValueError(f"`confidence` must be at least 0 and at most 1, but got {confidence}")
+        if not weight >= 0:
+            raise ValueError(f"`weight` must not be negative, but got {weight}")
         self.path, self.weight, self.confidence = bank, weight, confidence
         self.embedding = embedding or FaceEmbedding()
+
+    def check(self) -> Path:
+        """Find the bank.
+
+        Raises:
+            ValueError: if it is not there.
+        """
+        try:
+            return file_or_hub(self.path)
+        except ValueError as error:
+            raise ValueError(
+                f"the face bank {self.path!r} is not there: make one of real faces with "
+                "`python -m fairness_dft.face_bank`, or leave face realism off (--model.face_realism null)"
+            ) from error
 
     def load(self) -> None:
         """Load the network and the bank.
@@ -182,23 +220,24 @@ class FaceRealism(nn.Module):
         Raises:
             ValueError: if one of them is not there, or the bank is empty or another network's.
         """
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         if hasattr(self, "bank"):
             return
+        file = self.check()
         self.embedding.load()
         try:
-            bank = load_file(file_or_hub(self.path))["embeddings"].float()
-        except Exception as error:  # not there, no safetensors, other tensors
+            with safe_open(file, "pt") as opened:
+                bank, metadata = opened.get_tensor("embeddings").float(), opened.metadata() or {}
+        except SafetensorError as error:
             raise ValueError(
-                f"the face bank {self.path!r} could not be loaded: make one of real faces with "
-                "`python -m fairness_dft.face_bank`, or leave face realism off (model.face_realism: null)"
+                f"the face bank {self.path!r} is none: make one with `python -m fairness_dft.face_bank`"
             ) from error
-        with torch.no_grad():
-            width = self.embedding(torch.zeros(1, 3, self.embedding.size, self.embedding.size)).shape[1]
-        if bank.ndim != 2 or not len(bank) or bank.shape[1] != width:
+        width = self.embedding.width
+        if bank.ndim != 2 or not len(bank) or bank.shape[1] != width or metadata.get(NETWORK) != self.embedding.digest:
             raise ValueError(
-                f"the face bank {self.path!r} must hold embeddings of {width} numbers each, but got "
-                f"the shape {list(bank.shape)}: make it with the same face network"
+                f"the face bank {self.path!r}, of shape {list(bank.shape)}, was not made with the face network "
+                f"{self.embedding.path!r}: make it anew with `python -m fairness_dft.face_bank`"
             )
-        self.register_buffer("bank", normalize(bank, dim=1), persistent=False)
+        # A parameter, which unlike a buffer DDP does not send round in every step.
+        self.bank = nn.Parameter(normalize(bank, dim=1), requires_grad=False)

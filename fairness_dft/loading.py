@@ -40,6 +40,8 @@ def file_or_hub(path: str) -> Path:
     owner, repository, file = (*str(path).split("/", 2), "", "", "")[:3]
     name = f"{owner}/{repository}"
     try:
+        if not file or owner in ("", "~", ".", ".."):
+            raise FileNotFoundError(path)  # a path of this machine, which is nobody else's business
         return Path(hf_hub_download(name, file, local_files_only=not on_hub(name)))
     except Exception as error:  # not a name, no such file, no access, no network
         raise ValueError(
@@ -56,6 +58,11 @@ def on_hub(path: str) -> bool:
     except Exception:  # not a name, no such model, no access, no network: what is cached may still load
         return False
     return True
+
+
+def one_line(error: Exception) -> str:
+    """Returns the message of an error without its line breaks."""
+    return " ".join(str(error).split())
 
 
 @contextmanager

@@ -116,8 +116,7 @@ def face_references(embeddings: Tensor, originals: Tensor, keep: Tensor, bank: T
     Returns:
         References, with shape (N, D), without a graph.
     """
-    embeddings = embeddings.detach()
-    nearest = bank[(embeddings @ bank.T).argmax(1)]
+    nearest = bank[torch.cdist(embeddings.detach(), bank).argmin(1)]  # of unit length, so the most similar one
     return torch.where(keep[:, None], originals.detach(), nearest)
 
 

@@ -118,17 +118,19 @@ class FairFinetuning(LightningModule):
         if self.loaded:
             return
         self.generator.check()
-        self.judge.load()
-        classes = {name: self.judge.classes(name) for name in self.attribute.names}
-        self.distributions = self.attribute.distributions(classes)
-        for network in self.features:
-            network.load()
         if self.face_realism:
             if not self.judge.faces.finds_landmarks:
                 raise ValueError(
                     "--model.face_realism needs landmarks: let fairness_dft.faces.DetectedFaces be model.judge.faces"
                 )
+            self.face_realism.check()
+        self.judge.load()
+        if self.face_realism:
             self.face_realism.load()
+        classes = {name: self.judge.classes(name) for name in self.attribute.names}
+        self.distributions = self.attribute.distributions(classes)
+        for network in self.features:
+            network.load()
         self.generator.load()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,11 +25,11 @@ class OnnxNetwork(nn.Module):
         file: the ONNX file.
 
     Raises:
-        ValueError: if it is none, or has operators that are not known here.
+        ValueError: if it is none, or has operators or attributes that are not known here.
 
     Attributes:
         input_shape: of the input, with 0 for each dimension that may vary.
-        graph_names: names of the first nodes, by which exporters tell how pixels are prepared.
+        first_names: names of the first nodes, by which exporters tell how pixels are prepared.
     """
 
     def __init__(self, file: str | Path) -> None:
@@ -48,18 +49,26 @@ class OnnxNetwork(nn.Module):
         for node in graph.node:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             if node.op_type == "Constant":
-                constants[node.output[0]] = onnx.numpy_helper.to_array(attributes["value"])
+                [value] = attributes.values()
+                is_tensor = isinstance(value, onnx.TensorProto)
+                constants[node.output[0]] = onnx.numpy_helper.to_array(value) if is_tensor else np.asarray(value)
             else:
                 self._nodes.append((node.op_type, list(node.input), node.output[0], attributes))
-        if unknown := sorted({operator for operator, *_ in self._nodes} - OPERATORS.keys()):
-            raise ValueError(f"{str(file)!r} has operators that are not known here: {', '.join(unknown)}")
-        self._input, self._output = inputs[0].name, graph.output[0].name
-        self._constants = {name: f"constant_{i}" for i, name in enumerate(constants)}  # buffers have no dots
+        if odd := sorted({what for operator, *_, attributes in self._nodes for what in unknown(operator, attributes)}):
+            raise ValueError(f"{str(file)!r} has what is not known here: {', '.join(odd)}")
+        # Parameters, which unlike buffers DDP does not send round in every step; shapes stay numbers.
+        self._weights = nn.ParameterList()
+        self._constants: dict[str, Any] = {}
         for name, values in constants.items():
-            self.register_buffer(self._constants[name], torch.from_numpy(values.copy()), persistent=False)
+            if np.issubdtype(values.dtype, np.floating):
+                self._constants[name] = len(self._weights)
+                self._weights.append(nn.Parameter(torch.from_numpy(values.astype(np.float32)), requires_grad=False))
+            else:
+                self._constants[name] = values.tolist()
+        self._input, self._output = inputs[0].name, graph.output[0].name
         self._last = {name: i for i, (_, names, *_) in enumerate(self._nodes) for name in names}
         self.input_shape = tuple(dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim)
-        self.graph_names = [node.name for node in graph.node[:8]]
+        self.first_names = [node.name for node in graph.node[:8]]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Run the network on its input."""
@@ -72,8 +81,23 @@ class OnnxNetwork(nn.Module):
                     values.pop(name, None)  # nobody reads it again
         return values[self._output]
 
-    def _value(self, values: dict[str, Tensor], name: str) -> Tensor:
-        return getattr(self, self._constants[name]) if name in self._constants else values[name]
+    def _value(self, values: dict[str, Tensor], name: str) -> Tensor | list[int]:
+        if name in values:
+            return values[name]
+        constant = self._constants[name]
+        return self._weights[constant] if isinstance(constant, int) else constant
+
+
+def unknown(operator: str, attributes: dict[str, Any]) -> list[str]:
+    """What of a node is not known here: the operator, or attributes that would change what it does."""
+    if operator not in OPERATORS:
+        return [operator]
+    known = ATTRIBUTES.get(operator, ())
+    return [
+        f"{name} of {operator}"
+        for name, value in attributes.items()
+        if name not in known and value not in (0, b"NOTSET") and not (name == "dilations" and set(value) == {1})
+    ]
 
 
 def _padded(attributes: dict[str, Any], x: Tensor, value: float = 0.0) -> Tensor:
@@ -105,8 +129,8 @@ def _gemm(attributes: dict[str, Any], a: Tensor, b: Tensor, c: Tensor | None = N
     return product if c is None else product + attributes.get("beta", 1.0) * c
 
 
-def _reshape(attributes: dict[str, Any], x: Tensor, shape: Tensor) -> Tensor:
-    return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape.tolist())])
+def _reshape(attributes: dict[str, Any], x: Tensor, shape: list[int]) -> Tensor:
+    return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape)])
 
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {
@@ -128,4 +152,15 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Sigmoid": lambda _, x: x.sigmoid(),
     "Sub": lambda _, a, b: a - b,
     "Transpose": lambda attributes, x: x.permute(tuple(attributes["perm"])),
+}
+
+# The attributes that each operator obeys; momentum, ratio and seed change nothing outside of training.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "Conv": ("kernel_shape", "pads", "strides", "dilations", "group"),
+    "Flatten": ("axis",),
+    "Gemm": ("alpha", "beta", "transA", "transB"),
+    "MaxPool": ("kernel_shape", "pads", "strides"),
+    "Transpose": ("perm",),
+    "BatchNormalization": ("epsilon", "momentum", "spatial"),
+    "Dropout": ("ratio", "seed"),
 }

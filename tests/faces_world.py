@@ -3,20 +3,28 @@
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from fairness_dft.portraits.detector import draw_faces
+from fairness_dft.portraits.world import DATA
 
+SCRFD, YUNET = str(DATA / "detector"), str(DATA / "yunet.onnx")
 SIZE = 28
 
 
-def build_arcface(file: Path, size: int = SIZE, width: int = 8) -> Path:
+def bgr(images: torch.Tensor) -> np.ndarray:
+    """Images as detectors get them: uint8, blue, green, red."""
+    return (images * 255).round().byte().flip(1).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def build_arcface(file: Path, size: int = SIZE, width: int = 8, seed: int = 0) -> Path:
     """Saves a network with random weights whose embeddings differ visibly between faces."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         layers = [nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.PReLU(6), nn.Conv2d(6, 8, 3, 2, 1), nn.Flatten()]
         network = nn.Sequential(*layers, nn.Linear(8 * (size // 4) ** 2, width)).eval()
         options = {"input_names": ["input.1"], "dynamic_axes": {"input.1": {0: "n"}}, "dynamo": False}

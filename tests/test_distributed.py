@@ -1,5 +1,6 @@
 """Two processes that talk over gloo do what one process with the whole batch does, also stopped and resumed."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -7,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from faces_world import SCRFD, build_arcface
+from safetensors.torch import load_file, save_file
 from test_cli import MINIATURE, ROOT, SMALL
+
+from fairness_dft.features import NETWORK
 
 
 def fit(folder: Path, *more: str) -> Path:
@@ -22,6 +27,26 @@ def fit(folder: Path, *more: str) -> Path:
     return max((folder / "run").iterdir())
 
 
+@pytest.fixture(scope="module")
+def realism(tmp_path_factory) -> dict:
+    """Settings of face realism, with a random network and a bank of its embeddings."""
+    folder = tmp_path_factory.mktemp("realism")
+    network = build_arcface(folder / "arcface.onnx")
+    metadata = {NETWORK: hashlib.sha256(network.read_bytes()).hexdigest()}
+    bank = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    save_file({"embeddings": bank}, folder / "bank.safetensors", metadata=metadata)
+    embedding = {"class_path": "fairness_dft.features.FaceEmbedding", "init_args": {"path": str(network)}}
+    settings = {"bank": str(folder / "bank.safetensors"), "embedding": embedding, "confidence": 0.5}
+    return {"class_path": "fairness_dft.features.FaceRealism", "init_args": settings}
+
+
+def detecting(realism: dict) -> list[str]:
+    """Flags: faces are found by the shipped detector, and compared with the bank."""
+    detector = {"class_path": "fairness_dft.detectors.InsightFace", "init_args": {"name": SCRFD, "size": [64, 64]}}
+    finder = {"class_path": "fairness_dft.faces.DetectedFaces", "init_args": {"detectors": [detector], "size": 64}}
+    return [f"--model.judge.faces={json.dumps(finder)}", f"--model.face_realism={json.dumps(realism)}"]
+
+
 JOINT = (
     "--model.attribute.name=[gender, race]",  # eight classes, more than the images of a rank
     "--model.schedule=constant",
@@ -32,13 +57,14 @@ TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, Path]:
+def runs(tmp_path_factory, realism) -> tuple[Path, Path]:
     """One process for five steps; two for three and, from their checkpoint, for two more."""
-    alone = fit(tmp_path_factory.mktemp("alone"), *JOINT, "--trainer.max_steps=5")
+    joint = (*JOINT, *detecting(realism))
+    alone = fit(tmp_path_factory.mktemp("alone"), *joint, "--trainer.max_steps=5")
     folder = tmp_path_factory.mktemp("together")
-    begun = fit(folder, *JOINT, *TWO, "--trainer.max_steps=3", "--trainer.limit_test_batches=0")
+    begun = fit(folder, *joint, *TWO, "--trainer.max_steps=3", "--trainer.limit_test_batches=0")
     [checkpoint] = (begun / "checkpoints").glob("*step=3.ckpt")
-    return alone, fit(folder, *JOINT, *TWO, "--trainer.max_steps=5", f"--ckpt_path={checkpoint}")
+    return alone, fit(folder, *joint, *TWO, "--trainer.max_steps=5", f"--ckpt_path={checkpoint}")
 
 
 def test_two_processes_train_the_same_adapter(runs):
@@ -61,12 +87,13 @@ def test_two_processes_measure_the_same(runs):
             assert together["kept"][measure][model] == pytest.approx(value, abs=1e-3)
 
 
-def test_a_rank_without_any_face_does_not_hang_the_other(tmp_path):
+def test_a_rank_without_any_face_does_not_hang_the_other(tmp_path, realism):
     parts = [
         f"{{class_path: fairness_dft.adapters.{kind}}}" for kind in ("TextEncoderLoRA", "UNetLoRA", "PromptPrefix")
     ]
     every = ("--model.adapter=fairness_dft.adapters.Combined", f"--model.adapter.parts=[{', '.join(parts)}]")
-    run = fit(tmp_path, *TWO, "--model.judge.faces=odd_ranks.BlindRank", *every, "--model.sampler.checkpoint=true")
+    blind = ("--model.judge.faces=odd_ranks.BlindRank", f"--model.face_realism={json.dumps(realism)}")
+    run = fit(tmp_path, *TWO, *blind, *every, "--model.sampler.checkpoint=true")
     content = json.loads((run / "results.json").read_text())["bias"]["training"]["gender"]["ema"]
     assert (content["images"], content["without_face"]) == (8, 4)
     state = load_file(run / "adapters" / "step_000002" / "trained" / "pytorch_lora_weights.safetensors")

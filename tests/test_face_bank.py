@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from fairness_dft.detectors import InsightFace
 from fairness_dft.face_bank import main
-from fairness_dft.faces import InsightFace
-from fairness_dft.features import FaceEmbedding
+from fairness_dft.features import FaceEmbedding, FaceRealism
 from fairness_dft.portraits.world import DATA
 
-DETECTOR = f"""--faces.detectors=[{{"class_path": "fairness_dft.faces.InsightFace",
+DETECTOR = f"""--faces.detectors=[{{"class_path": "fairness_dft.detectors.InsightFace",
  "init_args": {{"name": "{DATA / "detector"}", "size": [64, 64]}}}}]"""
 
 
@@ -42,6 +42,7 @@ def test_bank_holds_insightfaces_embedding_of_every_face(
     detector, embedding = InsightFace(str(DATA / "detector"), size=(64, 64)), FaceEmbedding(network)
     detector.load()
     embedding.load()
+    FaceRealism(str(output), FaceEmbedding(network)).load()  # takes it as its own
     first = next(
         file for file, face in zip(sorted((tmp_path / "pictures").rglob("*.png")), present, strict=True) if face
     )
@@ -53,7 +54,7 @@ def test_bank_holds_insightfaces_embedding_of_every_face(
     assert embedding.size == SIZE
 
 
-def test_mistakes_are_told_before_anything_is_loaded(tmp_path: Path, network: str) -> None:
+def test_mistakes_are_told_in_one_line(tmp_path: Path, network: str) -> None:
     (tmp_path / "empty").mkdir()
     save_pictures(tmp_path / "pictures", 1)
     (tmp_path / "there.safetensors").write_text("precious")
@@ -84,6 +85,23 @@ def test_pictures_without_a_face_make_no_bank(tmp_path: Path, network: str) -> N
             [f"--images={tmp_path / 'pictures'}", f"--output={tmp_path / 'x'}", f"--embedding.path={network}", DETECTOR]
         )
     assert not (tmp_path / "x").exists()
+
+
+def test_pictures_are_turned_as_their_camera_says(tmp_path: Path, network: str) -> None:
+    present = save_pictures(tmp_path / "upright", 8, seed=2)
+    (tmp_path / "turned").mkdir()
+    for file in (tmp_path / "upright").glob("*.png"):
+        picture = Image.open(file).transpose(Image.Transpose.ROTATE_270)
+        exif = picture.getexif()
+        exif[0x0112] = 8  # to be turned by 90 degrees counterclockwise
+        picture.save(tmp_path / "turned" / file.name, exif=exif)
+    banks = {}
+    for folder in ("upright", "turned"):
+        output = tmp_path / f"{folder}.safetensors"
+        main([f"--images={tmp_path / folder}", f"--output={output}", f"--embedding.path={network}", DETECTOR])
+        banks[folder] = load_file(output)["embeddings"]
+    assert len(banks["upright"]) == sum(present)
+    assert_close(banks["turned"], banks["upright"])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Feature networks against Hugging Face's own embeddings."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPModel, Dinov2Model
 
-from fairness_dft.features import Clip, Dino, FaceEmbedding, FaceRealism, FeatureNet
+from fairness_dft.features import NETWORK, Clip, Dino, FaceEmbedding, FaceRealism, FeatureNet
 
 TEXTS = ["a chef", "", "a portrait of an old violinist, a person"]  # the last is longer than what the tower reads
 
@@ -203,34 +204,48 @@ def test_face_embedding_passes_gradients_from_the_aligned_face_to_the_image(arcf
     faces = embedding.align(images, landmarks)
     assert faces.shape == (2, 3, SIZE, SIZE)
     embedding(faces)[:, 0].sum().backward()
-    assert (images.grad.abs().sum((1, 2, 3)) > 0).all() and not list(embedding.parameters())
+    assert (images.grad.abs().sum((1, 2, 3)) > 0).all()
+    assert not any(parameter.requires_grad for parameter in embedding.parameters())
 
 
-def test_face_realism_refuses_what_does_not_fit(arcface: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`confidence` must be at least 0 and at most 1, but got 2"):
-        FaceRealism("bank", confidence=2)
-    with pytest.raises(ValueError, match="the file 'no/such/arcface.onnx' could not be found"):
-        FaceRealism("bank", FaceEmbedding("no/such/arcface.onnx")).load()
-    banks = {
-        "empty": {"embeddings": torch.zeros(0, 8)},
-        "wide": {"embeddings": torch.ones(2, 9)},
-        "flat": {"embeddings": torch.ones(8)},
-        "other": {"faces": torch.ones(2, 8)},
-        "good": {"embeddings": torch.ones(2, 8)},
-    }
-    for name, tensors in banks.items():
-        save_file(tensors, tmp_path / f"{name}.safetensors")
+def test_face_realism_loads_the_bank_of_its_own_network_alone(arcface: Path, tmp_path: Path) -> None:
+    other = build_arcface(tmp_path / "other.onnx", seed=1)  # embeddings of the same width
+    digest = hashlib.sha256(arcface.read_bytes()).hexdigest()
+    for name, tensor, made_with in (
+        ("good", torch.ones(2, 8), digest),
+        ("other", torch.ones(2, 8), hashlib.sha256(other.read_bytes()).hexdigest()),
+        ("unknown", torch.ones(2, 8), "?"),
+        ("empty", torch.zeros(0, 8), digest),
+        ("wide", torch.ones(2, 9), digest),
+        ("flat", torch.ones(8), digest),
+    ):
+        save_file({"embeddings": tensor}, tmp_path / f"{name}.safetensors", metadata={NETWORK: made_with})
         realism = FaceRealism(str(tmp_path / f"{name}.safetensors"), FaceEmbedding(str(arcface)))
         if name == "good":
             realism.load()
             torch.testing.assert_close(realism.bank.norm(dim=1), torch.ones(2))
-            assert "bank" not in realism.state_dict()
+            assert not realism.bank.requires_grad
         else:
-            message = "could not be loaded: make one" if name == "other" else "must hold embeddings of 8 numbers each"
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match="was not made with the face network .*: make it anew"):
                 realism.load()
-    with pytest.raises(ValueError, match="face bank 'missing.safetensors' could not be loaded: make one of real faces"):
-        FaceRealism("missing.safetensors", FaceEmbedding(str(arcface))).load()
+    save_file({"faces": torch.ones(2, 8)}, tmp_path / "tensors.safetensors")
+    (tmp_path / "bytes.safetensors").write_bytes(b"no tensors")
+    for name in ("tensors", "bytes"):
+        with pytest.raises(ValueError, match="is none: make one with"):
+            FaceRealism(str(tmp_path / f"{name}.safetensors"), FaceEmbedding(str(arcface))).load()
+
+
+def test_face_realism_tells_what_is_missing(arcface: Path) -> None:
+    for settings, message in (
+        ({"confidence": 2}, "`confidence` must be"),
+        ({"weight": -1}, "`weight` must not be neg"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FaceRealism("bank", **settings)
+    with pytest.raises(ValueError, match=r"bank 'missing.safetensors' is not there: make one of real faces with"):
+        FaceRealism("missing.safetensors", FaceEmbedding(str(arcface))).check()
+    with pytest.raises(ValueError, match=r"network 'no/such/arcface.onnx' is not there: insightface downloads its own"):
+        FaceEmbedding("no/such/arcface.onnx").load()
 
 
 def test_face_embedding_refuses_other_networks(tmp_path: Path) -> None:
@@ -242,3 +257,19 @@ def test_face_embedding_refuses_other_networks(tmp_path: Path) -> None:
     onnx.save(helper.make_model(graph), tmp_path / "grey.onnx")
     with pytest.raises(ValueError, match=r"must read square color images, but its input is \[1, 1, 28, 28\]"):
         FaceEmbedding(str(tmp_path / "grey.onnx")).load()
+    for output, shape, message in (
+        ("b", [2, 3, 28, 28], "must give one embedding a face"),
+        ("c", None, "cannot be run"),
+    ):
+        values = [
+            helper.make_tensor_value_info("a", TensorProto.FLOAT, ["n", 3, 28, 28]),
+            helper.make_tensor_value_info(output, TensorProto.FLOAT, shape),
+        ]
+        node = (
+            helper.make_node("Relu", ["a"], ["b"]) if output == "b" else helper.make_node("MatMul", ["a", "w"], ["c"])
+        )
+        weight = helper.make_tensor("w", TensorProto.FLOAT, [5, 2], [0.0] * 10)
+        graph = helper.make_graph([node], "g", values[:1], values[1:], [weight])
+        onnx.save(helper.make_model(graph), tmp_path / "odd.onnx")
+        with pytest.raises(ValueError, match=message):
+            FaceEmbedding(str(tmp_path / "odd.onnx")).load()

@@ -1,5 +1,6 @@
 """The training step against the paper's algorithm written out, and what a fit may and may not change."""
 
+import hashlib
 from dataclasses import replace
 from math import comb
 
@@ -13,8 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import ImageClassifier, Judge, Verdict
-from fairness_dft.faces import DetectedFaces, InsightFace, WholeFrame
-from fairness_dft.features import Clip, FaceEmbedding, FaceRealism
+from fairness_dft.detectors import InsightFace
+from fairness_dft.faces import DetectedFaces, WholeFrame
+from fairness_dft.features import NETWORK, Clip, FaceEmbedding, FaceRealism
 from fairness_dft.metrics import class_bias
 from fairness_dft.sampler import Sampler
 from fairness_dft.transport import expected_joint_targets, expected_targets
@@ -217,8 +219,10 @@ def realism_files(tmp_path_factory):
     """A random face network and a bank of 20 of its embeddings."""
     folder = tmp_path_factory.mktemp("realism")
     bank = torch.nn.functional.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(1)), dim=1)
-    save_file({"embeddings": bank}, folder / "bank.safetensors")
-    return str(build_arcface(folder / "arcface.onnx")), str(folder / "bank.safetensors")
+    network = build_arcface(folder / "arcface.onnx")
+    digest = hashlib.sha256(network.read_bytes()).hexdigest()
+    save_file({"embeddings": bank}, folder / "bank.safetensors", metadata={NETWORK: digest})
+    return str(network), str(folder / "bank.safetensors")
 
 
 def detecting(realism_files, **settings):
@@ -284,11 +288,32 @@ def test_no_face_for_the_detector_trains_on_semantics_alone(realism_files, monke
     monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
     logged = {}
     record(monkeypatch, module, logged)
+    move(module, 0.1)
     loss = module.training_step(first_batch(), 0)
     loss.backward()
     assert not {"loss/alignment", "loss/face"} & logged.keys()
     torch.testing.assert_close(loss.item(), 8 * logged["loss/semantics"])
-    assert all(parameter.grad.isfinite().all() for parameter in module.adapter.parameters())
+    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in module.adapter.parameters())
+
+
+def test_remembered_originals_keep_their_faces(realism_files, monkeypatch):
+    """The same step with and without a memory of the original: the same losses and gradients."""
+    module = detecting(realism_files)
+    module.configure_model()
+    monkeypatch.setattr(type(module), "trainer", OneProcess())
+    monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+    move(module, 0.3)
+    batch, results = replace(first_batch(images_per_prompt=8), recurs=True), []
+    for _ in range(2):
+        logged = {}
+        record(monkeypatch, module, logged)
+        gradients = torch.autograd.grad(module.training_step(batch, 0), module.adapter.parameters())
+        results.append((logged, gradients))
+    [original] = module.originals.values()
+    assert original.faces.shape == (8, 8) and not original.faces.requires_grad
+    assert results[1][0] == pytest.approx(results[0][0]) and results[0][0]["loss/face"] > 0
+    for again, first in zip(*(result[1] for result in results), strict=True):
+        torch.testing.assert_close(again, first)
 
 
 def test_face_realism_needs_landmarks(realism_files):

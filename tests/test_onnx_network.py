@@ -73,7 +73,8 @@ def exported(network: nn.Module, file: Path) -> nn.Module:
 def test_equals_onnxruntime_and_has_the_gradient_of_the_original(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     original = exported(make(), tmp_path / "network.onnx")
     network = OnnxNetwork(tmp_path / "network.onnx")
-    assert network.input_shape[1:] == (3, 16, 16) and not list(network.parameters())
+    assert network.input_shape[1:] == (3, 16, 16)
+    assert not any(p.requires_grad for p in network.parameters()) and not list(network.buffers())
     pixels = torch.rand(3, 3, 16, 16, requires_grad=True)
     session = onnxruntime.InferenceSession(str(tmp_path / "network.onnx"), providers=["CPUExecutionProvider"])
     [expected] = session.run(None, {"input.1": pixels.detach().numpy()})
@@ -134,9 +135,30 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
             [2],
             "known here: Cos, Erf",
         ),
+        ([helper.make_node("Conv", ["a", "a"], ["c"], auto_pad="SAME_UPPER")], [0], [2], "here: auto_pad of Conv"),
+        ([helper.make_node("MaxPool", ["a"], ["c"], ceil_mode=1)], [0], [2], "here: ceil_mode of MaxPool"),
+        ([helper.make_node("MaxPool", ["a"], ["c"], dilations=[2, 2])], [0], [2], "here: dilations of MaxPool"),
         ([helper.make_node("Add", ["a", "b"], ["c"])], [0, 1], [2], "must have one input and one output"),
     ):
         graph = helper.make_graph(nodes, "g", [values[i] for i in inputs], [values[i] for i in outputs])
         onnx.save(helper.make_model(graph), tmp_path / "other.onnx")
         with pytest.raises(ValueError, match=message):
             OnnxNetwork(tmp_path / "other.onnx")
+
+
+def test_constants_of_any_kind_and_half_precision(tmp_path: Path) -> None:
+    half = helper.make_tensor("half", TensorProto.FLOAT16, [3], [0.5, 2.0, -1.0])
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [0, -1])
+    nodes = [
+        helper.make_node("Constant", [], ["factor"], value_float=1.5),
+        helper.make_node("Mul", ["x", "half"], ["y"]),
+        helper.make_node("Mul", ["y", "factor"], ["z"]),
+        helper.make_node("Reshape", ["z", "shape"], ["r"]),
+        helper.make_node("Identity", ["r"], ["out"]),
+    ]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 1, 3])
+    found = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [given], [found], [half, shape])), tmp_path / "n.onnx")
+    x = torch.rand(2, 1, 3)
+    expected = (x * torch.tensor([0.75, 3.0, -1.5])).reshape(2, 3)
+    assert_close(OnnxNetwork(tmp_path / "n.onnx")(x), expected)

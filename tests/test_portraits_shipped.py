@@ -9,8 +9,8 @@ import pytest
 import torch
 from miniature import PORTRAITS, judge
 
+from fairness_dft.detectors import InsightFace, YuNet
 from fairness_dft.diffusion import StableDiffusion
-from fairness_dft.faces import InsightFace, YuNet
 from fairness_dft.portraits.base import SAMPLER
 from fairness_dft.portraits.detector import detection_figures, draw_faces
 from fairness_dft.portraits.judges import accuracies
