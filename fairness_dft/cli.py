@@ -260,6 +260,7 @@ def run_main(main: Any) -> None:
     for own in (".*LeafSpec.*deprecated", ".*all_gather is deprecated"):  # calls that lightning makes
         warnings.filterwarnings("ignore", message=own, category=FutureWarning)
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run has a folder of its own
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")  # a resumed classifier has its old one
     try:
         main()
     except (ValueError, MisconfigurationException) as error:

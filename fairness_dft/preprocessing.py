@@ -40,7 +40,8 @@ class Preprocessing(nn.Module):
         """
         try:
             config = json.loads(Path(file).read_text(encoding="utf-8"))
-            size = config.get("crop_size") or config["size"]
+            crops = config.get("do_center_crop", True) and config.get("crop_size")
+            size = crops or config["size"]
             if isinstance(size, dict):
                 size = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
             else:
@@ -51,6 +52,8 @@ class Preprocessing(nn.Module):
             return cls(size, config["image_mean"], config["image_std"], mode)
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is no valid JSON: {error}") from None
+        except AttributeError:
+            raise ValueError(f"{file} holds no JSON object") from None
         except KeyError as missing:
             raise ValueError(f"{file} lacks {missing}, which says how images are prepared for the network") from None
 

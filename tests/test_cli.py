@@ -279,7 +279,7 @@ def test_mistakes_are_told_with_the_way_out(tmp_path, capsys, monkeypatch, more,
 
 def test_no_experiment_at_all(tmp_path, capsys):
     line = refused(capsys, [f"--output={tmp_path}"])
-    assert "model.generator" in line and line.endswith("such as --config experiments/quickstart.yaml")
+    assert "model.generator" in line and line.endswith("for example --config experiments/quickstart.yaml")
 
 
 def test_what_lightning_finds_misconfigured_later(capsys):

@@ -1,5 +1,6 @@
 """Data sets of labelled faces, in miniature copies of their layouts."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,16 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fairness_dft.labelled_faces import (
-    UNKNOWN,
-    CelebA,
-    FairFace,
-    LabelledFaces,
-    LabelledFolder,
-    Pictures,
-    UTKFace,
-    hashed_split,
-)
+from fairness_dft.face_datasets import CelebA, FairFace, UTKFace
+from fairness_dft.labelled_faces import UNKNOWN, LabelledFaces, LabelledFolder, Pictures, hashed_split
 
 
 def picture(file: Path, size: tuple[int, int] = (20, 20)) -> None:
@@ -69,22 +62,86 @@ def test_fairface(fairface: Path) -> None:
     assert sum(seven.heads["age"][p.labels["age"]] == "old" for p in seven.pictures["test"]) == 3
 
 
-def test_celeba(tmp_path: Path) -> None:
+@pytest.fixture
+def celeba(tmp_path: Path) -> Path:
     rows = [("000001.jpg", 1, -1, 1), ("000002.jpg", -1, 1, -1), ("000003.jpg", -1, 1, 1), ("000004.jpg", 1, 1, -1)]
     lines = ["4", "Male Smiling Young", *(" ".join(map(str, row)) for row in rows)]
     (tmp_path / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
     (tmp_path / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg 0\n000003.jpg 1\n000004.jpg 2\n")
     for name, *_ in rows:
         picture(tmp_path / "img_align_celeba" / name, (18, 22))
-    data = CelebA(str(tmp_path))
+    return tmp_path
+
+
+def test_celeba(celeba: Path) -> None:
+    data = CelebA(str(celeba))
     assert labels(data, "000001.jpg") == ("train", {"gender": "man", "age": "young"})
     assert labels(data, "000002.jpg") == ("train", {"gender": "woman", "age": "old"})
     assert labels(data, "000003.jpg") == ("validation", {"gender": "woman", "age": "young"})
     assert labels(data, "000004.jpg")[0] == "test"
-    smiling = CelebA(str(tmp_path), attributes={"smile": ("Smiling", "smiling", "serious")})
+    smiling = CelebA(str(celeba), attributes={"smile": ("Smiling", "smiling", "serious")})
     assert labels(smiling, "000001.jpg") == ("train", {"smile": "serious"})
     with pytest.raises(ValueError, match="CelebA has no attribute 'Bald', only Male, Smiling, Young"):
-        CelebA(str(tmp_path), attributes={"hair": ("Bald", "bald", "hair")}).read()
+        CelebA(str(celeba), attributes={"hair": ("Bald", "bald", "hair")}).read()
+
+
+@pytest.mark.parametrize("layout", ["archives", "kaggle"])
+def test_celeba_where_others_have_it(celeba: Path, tmp_path_factory: pytest.TempPathFactory, layout: str) -> None:
+    other = tmp_path_factory.mktemp("celeba")
+    attributes = (celeba / "list_attr_celeba.txt").read_text()
+    partition = (celeba / "list_eval_partition.txt").read_text()
+    if layout == "archives":
+        for folder in ("Anno", "Eval", "Img"):
+            (other / folder).mkdir()
+        (other / "Anno" / "list_attr_celeba.txt").write_text(attributes)
+        (other / "Eval" / "list_eval_partition.txt").write_text(partition)
+        shutil.copytree(celeba / "img_align_celeba", other / "Img" / "img_align_celeba")
+    else:
+        _, header, *rows = attributes.splitlines()
+        table = [",".join(["image_id", *header.split()]), *(",".join(row.split()) for row in rows)]
+        (other / "list_attr_celeba.csv").write_text("\n".join(table) + "\n")
+        splits = ["image_id,partition", *(row.replace(" ", ",") for row in partition.splitlines())]
+        (other / "list_eval_partition.csv").write_text("\n".join(splits) + "\n")
+        shutil.copytree(celeba / "img_align_celeba", other / "img_align_celeba" / "img_align_celeba")
+    here, there = CelebA(str(celeba)), CelebA(str(other))
+    here.read()
+    there.read()
+    assert there.heads == here.heads
+    for split, pictures in here.pictures.items():
+        assert [(p.file.name, p.labels) for p in there.pictures[split]] == [(p.file.name, p.labels) for p in pictures]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("list_attr_celeba.txt", "000002.jpg -1", "000002.jpg x", "line 4: Male must be one of 1, -1, 0, but got 'x'"),
+        ("list_attr_celeba.txt", "000002.jpg -1 1 -1", "000002.jpg -1 1", "line 4: it has not as many cells"),
+        ("list_attr_celeba.txt", "000002.jpg", "000009.jpg", "line 4: file must be one of"),
+        (
+            "list_eval_partition.txt",
+            "000003.jpg 1",
+            "000003.jpg 7",
+            "line 3: split must be one of 0, 1, 2, but got '7'",
+        ),
+        (
+            "fairface_label_train.csv",
+            "1.jpg,3-9,Female",
+            "1.jpg,3-9,female",
+            "gender must be one of Male, Female, but got",
+        ),
+        ("fairface_label_train.csv", "1.jpg,3-9", "1.jpg,03-Sep", "age must be one of 0-2, 3-9"),
+        ("fairface_label_train.csv", "Black", "Blue", "race must be one of White"),
+    ],
+)
+def test_cells_that_mean_nothing_are_named(
+    celeba: Path, fairface: Path, file: str, old: str, new: str, message: str
+) -> None:
+    text = (celeba / file).read_text()
+    assert old in text
+    (celeba / file).write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=message) as error:
+        (FairFace if "fairface" in file else CelebA)(str(celeba)).read()
+    assert "\n" not in str(error.value)
 
 
 def test_utkface(tmp_path: Path) -> None:
@@ -134,16 +191,26 @@ def test_folder_with_a_table(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("path,gender\n0.png,a\n", "lacks the column 'file'"),
-        ("file,split,gender\n0.png,dev,a\n", r"line 2: split must be among .* but got 'dev'"),
+        ("file,split,gender\n0.png,dev,a\n", r"line 2: split must be one of train, validation, test, but got 'dev'"),
         (
             "file,split,gender\n0.png,train,a\n1.png,train,a\n2.png,validation,a\n",
             "gender must have two classes or more",
         ),
         ("file,split,gender\n0.png,train,a\n1.png,train,b\n", "has no pictures for the split validation"),
-        ("file,split,gender\n9.png,train,a\n1.png,validation,b\n", "which the labels name, is not there"),
+        (
+            "file,split,gender\n9.png,train,a\n1.png,validation,b\n",
+            "1 of 2 pictures that the labels name are not there, such as .*9.png",
+        ),
         ("file,split\n0.png,train\n1.png,validation\n", "has no labels: give one column for each head"),
         ("file,split,gender\n0.png,train\n", "line 2: it has not as many cells as the header"),
         ("file,split,gender\n0.png,train,a,b\n", "line 2: it has not as many cells as the header"),
+        ("file,gender,split\n0.png,a\n", "line 2: it has not as many cells as the header"),
+        ("file,gender,gender\n0.png,a,b\n", "two columns of the same name"),
+        ("", "lacks the column 'file'; it has none"),
+        ("file,split,gender\n,train,a\n", "line 2: file must be given, and in one split, but got ''"),
+        ("file,split,gender\n0.png,train,a\n0.png,test,a\n", "line 3: file must be given, and in one split"),
+        ("file,split,skin/tone\n0.png,train,a\n1.png,validation,b\n", "the name of a head must not be empty or have /"),
+        ("file,split,gender\n0.png,train,a\n1.png,validation,b\n", "the split train has no picture of gender 'b'"),
     ],
 )
 def test_bad_tables_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -156,7 +223,7 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     for data, message in (
         (FairFace(str(tmp_path / "missing")), "there is no folder"),
         (FairFace(str(tmp_path)), "there is no file .*fairface_label_train.csv"),
-        (CelebA(str(tmp_path)), "there is no file .*list_attr_celeba.txt"),
+        (CelebA(str(tmp_path)), "holds no CelebA: there must be list_attr_celeba.txt or"),
         (UTKFace(str(tmp_path)), "holds no files such as 25_0_2"),
         (LabelledFolder(str(tmp_path)), "there is no file .*labels.csv"),
     ):
@@ -165,8 +232,10 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(b"file,gender\n\xff\xfe,a\n")
     with pytest.raises(ValueError, match="is no CSV file in UTF-8"):
         LabelledFolder(str(tmp_path)).read()
+    for name in ("0.png", "1.png"):
+        picture(tmp_path / name)
+    (tmp_path / "labels.csv").write_text("file,split,gender\n0.png,train,a\n1.png,validation,b\n")
     with pytest.raises(ValueError, match="`classes` of gender must be"):
-        (tmp_path / "labels.csv").write_text("file,split,gender\n0.png,train,a\n1.png,validation,b\n")
         LabelledFolder(str(tmp_path), classes={"gender": ["a", "c"]}).read()
     with pytest.raises(ValueError, match="`old_from` must be a multiple of 10"):
         FairFace(str(tmp_path), old_from=45)
@@ -178,7 +247,9 @@ def test_pictures_are_cropped_about_their_middle_and_scaled(tmp_path: Path) -> N
     stripes = np.zeros((20, 40, 3), np.uint8)
     stripes[:, 10:30] = 255  # what a square crop keeps
     Image.fromarray(stripes).save(tmp_path / "0.png")
-    (tmp_path / "labels.csv").write_text("file,split,a\n0.png,train,x\n0.png,validation,y\n")
+    Image.fromarray(stripes).save(tmp_path / "1.png")
+    Image.fromarray(stripes).save(tmp_path / "2.png")
+    (tmp_path / "labels.csv").write_text("file,split,a\n0.png,train,x\n1.png,train,y\n2.png,validation,y\n")
     data = LabelledFolder(str(tmp_path))
     data.read()
     pixels, truth = Pictures(data.pictures["train"], 10)[0]

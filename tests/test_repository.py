@@ -9,7 +9,6 @@ USED_BY_OTHERS = {
     "accelerate",  # diffusers and transformers, to load weights
     "omegaconf",  # jsonargparse, to resolve ${...}
     "tensorboard",  # lightning, to write curves
-    "insightface",  # the paper's face finder, required of this project
 }
 
 
@@ -23,7 +22,8 @@ def test_every_requirement_is_used():
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split()
-    required = {re.match(r"\w+", line)[0].replace("pillow", "PIL") for line in lines}
+    modules = {"pillow": "PIL", "opencv": "cv2"}
+    required = {modules.get(name, name) for name in (re.match(r"\w+", line)[0] for line in lines)}
     code = "\n".join(file.read_text() for file in (ROOT / "fairness_dft").rglob("*.py"))
     imported = set(re.findall(r"^ *(?:from|import) (\w+)", code, re.MULTILINE))
     assert required - imported - USED_BY_OTHERS == set()

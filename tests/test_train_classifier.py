@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ResNetConfig, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BeitConfig,
+    ConvNextConfig,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    MobileNetV2Config,
+    ResNetConfig,
+    SwinConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
+from fairness_dft.classifier_backbone import last_linear
+from fairness_dft.classifier_card import head_figures, temperature
 from fairness_dft.classifiers import ImageClassifier
 from fairness_dft.labelled_faces import UNKNOWN, LabelledFolder, Pictures
 from fairness_dft.portraits.draw import AGES, GENDERS, SKINS
 from fairness_dft.portraits.training import draw_portraits
-from fairness_dft.train_classifier import ClassifierTraining, head_loss, last_linear, main, temperature
+from fairness_dft.train_classifier import ClassifierTraining, head_loss, main
 
 NAMES = {"gender": GENDERS, "race": SKINS, "age": AGES}
 
@@ -60,7 +77,7 @@ def flags(faces: Path, backbone: Path, output: Path, **more: object) -> list[str
         "data.init_args.workers": 0,
         "data.init_args.batch_size": 32,
         "output": output,
-        "trainer.max_epochs": 15,
+        "trainer.max_epochs": 25,
         "trainer.accelerator": "cpu",
         "trainer.devices": 1,
         "trainer.enable_progress_bar": "false",
@@ -75,6 +92,23 @@ def trained(faces: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactor
     output = tmp_path_factory.mktemp("classifiers") / "drawn"
     main(flags(faces, backbone, output))
     return output
+
+
+def share(verdict: torch.Tensor, truth: torch.Tensor, label: int, other: int) -> float:
+    """How often the pictures of one label are taken for another one."""
+    return float((verdict[truth == label] == other).float().mean())
+
+
+def expected_calibration_error(logits: torch.Tensor, truth: torch.Tensor) -> float:
+    """By hand: in each of 15 bins of confidence, the gap between confidence and accuracy, weighed by its pictures."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for row, label in zip(logits.softmax(1), truth, strict=True):
+        if label != UNKNOWN:
+            sure, verdict = row.max(0)
+            bins.setdefault(math.ceil(float(sure) * 15), []).append((float(sure), bool(verdict == label)))
+    total = sum(map(len, bins.values()))
+    gaps = [abs(sum(sure - right for sure, right in pairs)) for pairs in bins.values()]
+    return sum(gaps) / total
 
 
 @pytest.mark.slow
@@ -98,6 +132,13 @@ def test_trained_classifier_is_what_its_figures_say(faces: Path, trained: Path) 
         assert list(values["recall"].values()) == pytest.approx(recall)
         assert values["balanced_accuracy"] == pytest.approx(sum(recall) / len(recall))
         assert values["accuracy"] == pytest.approx(float((verdict == truth)[truth != UNKNOWN].float().mean()))
+        precision = [
+            recall[i] / sum(share(verdict, truth, j, i) for j in range(len(classes))) for i in range(len(classes))
+        ]
+        assert list(values["precision"].values()) == pytest.approx(precision)
+        for f1, p, r in zip(values["f1"].values(), precision, recall, strict=True):
+            assert f1 == pytest.approx(2 * p * r / (p + r))
+        assert values["calibration_error"] == pytest.approx(expected_calibration_error(logits[head], truth), abs=1e-5)
         expected = [
             [int(((truth == i) & (verdict == j)).sum()) for j in range(len(classes))] for i in range(len(classes))
         ]
@@ -157,16 +198,17 @@ def test_temperature_undoes_a_scale(true: float) -> None:
 
 
 def test_balanced_weights_give_every_class_the_same_share(tmp_path: Path, backbone: Path) -> None:
-    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
-    rows = ["x.png,train,a,p", "x.png,train,a,q", "x.png,train,a,", "x.png,train,b,p", "x.png,validation,b,q"]
+    for i in range(5):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
+    rows = ["0.png,train,a,p", "1.png,train,a,q", "2.png,train,a,", "3.png,train,b,p", "4.png,validation,b,q"]
     (tmp_path / "labels.csv").write_text("\n".join(["file,split,one,two", *rows]) + "\n")
     data = LabelledFolder(str(tmp_path))
     data.read()
     for balance, expected in ((True, [4 / 6, 2.0]), (False, [1.0, 1.0])):
         training = ClassifierTraining(str(backbone), balance=balance)
         training.load(data)
-        assert training.weights["one"].tolist() == pytest.approx(expected)
-        assert training.weights["two"].tolist() == pytest.approx([0.75, 1.5] if balance else [1.0, 1.0])
+        assert training.weights[0].tolist() == pytest.approx(expected)
+        assert training.weights[1].tolist() == pytest.approx([0.75, 1.5] if balance else [1.0, 1.0])
         assert data.size == 32 and training.network.training
 
 
@@ -182,7 +224,7 @@ def test_pretrained_backbone_keeps_its_body_and_gets_new_heads(tmp_path: Path, f
         name = "vit.embeddings.patch_embeddings.projection.weight"
         same = torch.equal(training.network.state_dict()[name], original.state_dict()[name])
         assert same == pretrained
-        assert last_linear(training.network).out_features == 8
+        assert training.last.out_features == 8
         assert training.preparation["size"] == {"height": 32, "width": 32}
         assert training.preparation["image_mean"] == [0.485, 0.456, 0.406]
 
@@ -198,11 +240,116 @@ def test_mistakes_are_one_line(faces: Path, backbone: Path, tmp_path: Path) -> N
         ({"data.init_args.folder": tmp_path / "missing"}, "--data: there is no folder"),
         ({"data.init_args.labels": "other.csv"}, "--data: there is no file"),
         ({"model.learning_rat": 1}, "did you mean --model.learning_rate"),
+        ({"trainer.max_epochs": -1}, "--trainer.max_epochs must be given"),
+        ({"trainer.limit_test_batches": 0}, "limit_test_batches must not be 0"),
+        ({"ckpt_path": tmp_path / "no.ckpt"}, "--ckpt_path: there is no file"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             main(flags(faces, backbone, **{"output": tmp_path / "new", **changes}))
         assert "\n" not in str(error.value)
     assert (tmp_path / "there" / "model").read_text() == "precious"
+
+
+SMALL_BACKBONES = {
+    "resnet": (ResNetConfig, dict(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")),
+    "vit": (
+        ViTConfig,
+        dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, patch_size=16),
+    ),
+    "dinov2": (Dinov2Config, dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=16)),
+    "convnext": (ConvNextConfig, dict(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)),
+    "swin": (SwinConfig, dict(embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2)),
+    "mobilenet": (MobileNetV2Config, dict(depth_multiplier=0.25)),
+    "beit": (BeitConfig, dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL_BACKBONES)
+def test_scaling_the_last_layer_scales_the_logits_and_nothing_idle_is_trained(kind: str) -> None:
+    config, sizes = SMALL_BACKBONES[kind]
+    network = AutoModelForImageClassification.from_config(config(**sizes, image_size=32, num_labels=5))
+    layer = last_linear(network, 32)
+    pictures = torch.rand(2, 3, 32, 32)
+    before = network.eval()(pictures).logits
+    before.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)
+    with torch.no_grad():
+        layer.weight.div_(3)
+        layer.bias.div_(3)
+        torch.testing.assert_close(network(pictures).logits, before / 3, rtol=1e-3, atol=1e-5)
+
+
+def test_networks_that_average_two_heads_are_refused() -> None:
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, patch_size=16)
+    network = DeiTForImageClassificationWithTeacher(DeiTConfig(**sizes, image_size=32, num_labels=5))
+    with pytest.raises(ValueError, match="do not come from one linear layer"):
+        last_linear(network, 32)
+
+
+def test_figures_without_a_picture_are_null() -> None:
+    figures = head_figures(torch.zeros(2, 2), torch.full((2,), UNKNOWN), ("a", "b"))
+    assert json.loads(json.dumps(figures, allow_nan=False))["calibration_error"] is None
+    one = head_figures(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), ("a", "b"))
+    assert one["balanced_accuracy"] == 1 and one["recall"] == {"a": 1.0, "b": None}
+
+
+@pytest.mark.slow
+def test_plain_transformers_reads_it_as_we_do(faces: Path, trained: Path) -> None:
+    classifier, processor = ImageClassifier(str(trained)), AutoImageProcessor.from_pretrained(trained)
+    network = AutoModelForImageClassification.from_pretrained(trained)
+    classifier.load()
+    pictures = [Image.open(file).resize((32, 32)) for file in sorted(faces.glob("*.png"))[:4]]
+    ours = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures]).float() / 255
+    with torch.no_grad():
+        theirs = network(**processor(pictures, return_tensors="pt")).logits
+        found = torch.cat(list(classifier(ours).values()), 1)
+    torch.testing.assert_close(found, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists:UserWarning")
+def test_a_stopped_training_goes_on_in_its_folder(faces: Path, backbone: Path, tmp_path: Path) -> None:
+    output = tmp_path / "classifier"
+    main(flags(faces, backbone, output, **{"trainer.max_epochs": 1}))
+    checkpoint = output / "training" / "checkpoints" / "last.ckpt"
+    steps = torch.load(checkpoint, weights_only=True)["global_step"]
+    main(flags(faces, backbone, output, **{"trainer.max_epochs": 2, "ckpt_path": checkpoint}))
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2 * steps > 0
+    with pytest.raises(ValueError, match="is there already"):
+        main(flags(faces, backbone, output))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_named(faces: Path, backbone: Path, tmp_path: Path, workers: int) -> None:
+    folder = tmp_path / "faces"
+    shutil.copytree(faces, folder)
+    victim = max(folder.glob("*.png"))
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"--data: the picture .*{victim.name}. cannot be read") as error:
+        main(flags(folder, backbone, tmp_path / "new", **{"data.init_args.workers": workers, "trainer.max_epochs": 1}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_picture_once(faces: Path, tmp_path: Path) -> None:
+    """With a backbone that has a parameter which the logits never use."""
+    config, sizes = SMALL_BACKBONES["dinov2"]
+    config(**sizes, image_size=32).save_pretrained(tmp_path / "dinov2")
+    ddp = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_epochs": 1}
+    command = [
+        sys.executable,
+        "-m",
+        "fairness_dft.train_classifier",
+        *flags(faces, tmp_path / "dinov2", tmp_path / "c", **ddp),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "c" / "metrics.json").read_text())
+    assert figures["pictures"]["test"] % 2 == 1  # one rank has one more
+    for head in ("gender", "race"):
+        assert sum(map(sum, figures["heads"][head]["confusion"])) == figures["pictures"]["test"]
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "experiments" / "classifiers").glob("*.yaml")))
@@ -213,7 +360,7 @@ def test_every_classifier_experiment_asks_for_its_data(file: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_the_command_ends_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fairness_dft.train_classifier", "--data=fairness_dft.labelled_faces.FairFace"]
+    command = [sys.executable, "-m", "fairness_dft.train_classifier", "--data=fairness_dft.face_datasets.FairFace"]
     command += ["--data.init_args.folder", str(tmp_path / "missing"), "--output", str(tmp_path / "new")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --data: there is no folder")
