@@ -18,7 +18,7 @@ quickstart: $(STAMP) ## debias the miniature Stable Diffusion and show before an
 	$(BIN)/python -m fairness_dft.fit --config experiments/quickstart.yaml $(ARGS)
 
 test: $(STAMP) ## run the tests and report their coverage
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --cov=fairness_dft --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov=fairness_dft --cov-report=term $(ARGS)
 
 lint: $(STAMP) ## check style and formatting, change nothing
 	$(BIN)/ruff check
