@@ -22,17 +22,10 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from typing_extensions import override
 
-from fairness_dft.callbacks import (
-    AdapterAverage,
-    AdapterCheckpoint,
-    BiasMonitor,
-    ImageGrid,
-    QualityMonitor,
-    StepBar,
-    Throughput,
-)
+from fairness_dft.callbacks import AdapterAverage, AdapterCheckpoint, StepBar, Throughput
 from fairness_dft.loading import one_line
 from fairness_dft.module import FairFinetuning
+from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.prompts import PromptModule
 from fairness_dft.stop import FiniteSteps, GracefulStop
 

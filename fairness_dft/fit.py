@@ -9,9 +9,10 @@ from pathlib import Path
 from lightning.pytorch.cli import ArgsType
 
 from fairness_dft.attributes import Attribute
-from fairness_dft.callbacks import AdapterAverage, BiasMonitor, ImageGrid, QualityMonitor
+from fairness_dft.callbacks import AdapterAverage
 from fairness_dft.cli import FairnessCLI, run_main
 from fairness_dft.module import FairFinetuning
+from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.prompt_files import SPLITS, normalise
 from fairness_dft.prompts import PromptModule
 from fairness_dft.report import print_results, results, write_json

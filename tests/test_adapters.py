@@ -10,8 +10,9 @@ from safetensors import safe_open
 from tiny import build_tiny_pipeline
 from torch.testing import assert_close
 
-from fairness_dft.adapters import Adapter, Combined, PromptPrefix, TextEncoderLoRA, UNetLoRA
+from fairness_dft.adapters import Adapter, Combined, TextEncoderLoRA, UNetLoRA
 from fairness_dft.diffusion import StableDiffusion
+from fairness_dft.prompt_prefix import PromptPrefix
 from fairness_dft.sampler import Sampler
 
 PROMPTS = ["a chef", "a nurse", ""]

@@ -10,16 +10,9 @@ from miniature import finetuning, judge, prompts, trainer
 from PIL import Image
 
 from fairness_dft.attributes import Attribute
-from fairness_dft.callbacks import (
-    AdapterAverage,
-    AdapterCheckpoint,
-    BiasMonitor,
-    ImageGrid,
-    QualityMonitor,
-    StepBar,
-    Throughput,
-)
+from fairness_dft.callbacks import AdapterAverage, AdapterCheckpoint, StepBar, Throughput
 from fairness_dft.classifiers import Judge, Verdict
+from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
 
 
 @pytest.fixture(scope="module")

@@ -88,9 +88,8 @@ def test_two_processes_measure_the_same(runs):
 
 
 def test_a_rank_without_any_face_does_not_hang_the_other(tmp_path, realism):
-    parts = [
-        f"{{class_path: fairness_dft.adapters.{kind}}}" for kind in ("TextEncoderLoRA", "UNetLoRA", "PromptPrefix")
-    ]
+    kinds = ("adapters.TextEncoderLoRA", "adapters.UNetLoRA", "prompt_prefix.PromptPrefix")
+    parts = [f"{{class_path: fairness_dft.{kind}}}" for kind in kinds]
     every = ("--model.adapter=fairness_dft.adapters.Combined", f"--model.adapter.parts=[{', '.join(parts)}]")
     blind = ("--model.judge.faces=odd_ranks.BlindRank", f"--model.face_realism={json.dumps(realism)}")
     run = fit(tmp_path, *TWO, *blind, *every, "--model.sampler.checkpoint=true")

@@ -17,8 +17,9 @@ from miniature import finetuning, prompts, trainer
 from tiny import tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fairness_dft.adapters import Combined, PromptPrefix, TextEncoderLoRA, UNetLoRA
+from fairness_dft.adapters import Combined, TextEncoderLoRA, UNetLoRA
 from fairness_dft.diffusion import StableDiffusion
+from fairness_dft.prompt_prefix import PromptPrefix
 from fairness_dft.sampler import Sampler
 
 pytestmark = pytest.mark.large

@@ -7,8 +7,9 @@ import torch
 from lightning import Callback
 from miniature import finetuning, prompts, trainer
 
-from fairness_dft.adapters import Combined, PromptPrefix, TextEncoderLoRA, UNetLoRA
+from fairness_dft.adapters import Combined, TextEncoderLoRA, UNetLoRA
 from fairness_dft.cli import resumable
+from fairness_dft.prompt_prefix import PromptPrefix
 from fairness_dft.sampler import Sampler
 from fairness_dft.stop import FiniteSteps
 

@@ -1,0 +1,274 @@
+"""What measures a run in validation and test: bias, quality, pictures.
+
+Every monitor is handed the same images, those of the original, the trained and the averaged (EMA) model from the same
+prompts and noise; each has one concern.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from fairness_dft.attributes import TIMES, Attribute
+from fairness_dft.classifiers import Judge
+from fairness_dft.features import Clip
+from fairness_dft.metrics import BiasSummary, FairnessMetric
+from fairness_dft.module import FairFinetuning
+from fairness_dft.prompts import PromptBatch
+from fairness_dft.report import GridRow, GridSide, comparison_grid
+
+TRAINING, INDEPENDENT = "training", "independent"
+
+
+class EvaluationCallback(Callback):
+    """A callback that does the same in validation and in test."""
+
+    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        """Before the first batch; stage is "validation" or "test"."""
+
+    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+        """Images of each model, with shape (N, 3, H, W), in [0, 1], from the batch's prompt and noise."""
+
+    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        """After the last batch."""
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start(trainer, pl_module, "validation")
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        self.see(pl_module, outputs, batch)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.finish(trainer, pl_module, "validation")
+
+    @override
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start(trainer, pl_module, "test")
+
+    @override
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        self.see(pl_module, outputs, batch)
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.finish(trainer, pl_module, "test")
+
+
+class BiasMonitor(EvaluationCallback):
+    """Bias and class frequencies of each model, by the training judge and by one that training never saw.
+
+    Args:
+        attributes: which attributes, or products such as gender×race, are watched besides the aligned ones; those
+            that a judge does not read are left out.
+        independent_judge: a face finder and classifier trained apart from those that training learns from.
+
+    Attributes:
+        summaries: after an evaluation, a `BiasSummary` for each (judge, attribute, model).
+    """
+
+    def __init__(
+        self,
+        attributes: tuple[str, ...] = ("gender", "race", "age", "gender×race"),
+        independent_judge: Judge | None = None,
+    ) -> None:
+        self.attributes = attributes
+        self.independent_judge = independent_judge
+        self.metrics: dict[tuple[str, str, str], FairnessMetric] = {}
+        self.summaries: dict[tuple[str, str, str], BiasSummary] = {}
+
+    def load(self) -> None:
+        """Load the independent judge, once."""
+        if self.independent_judge is not None:
+            self.independent_judge.load()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.load()
+
+    def judges(self, module: FairFinetuning) -> Iterator[tuple[str, Judge]]:
+        """The judges by name, the training judge first."""
+        yield TRAINING, module.judge
+        if self.independent_judge is not None:
+            yield INDEPENDENT, self.independent_judge.to(module.device)
+
+    def read_by(self, judge: Judge, aligned: Attribute) -> list[str]:
+        """The watched attributes that a judge reads, the aligned ones first."""
+        watched = dict.fromkeys((aligned.label, *aligned.names, *self.attributes))
+        return [name for name in watched if judge.reads(name)]
+
+    @override
+    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.metrics = {}
+        loaders = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
+        self.prompts = len(loaders)
+
+    @override
+    @torch.no_grad()
+    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+        for judge_name, judge in self.judges(module):
+            for model, pictures in images.items():
+                verdict = judge(pictures)
+                for attribute in self.read_by(judge, module.attribute):
+                    metric = self.metric((judge_name, attribute, model), judge).to(module.device)
+                    metric.update(batch.index, verdict.classes(attribute), verdict.face)
+
+    def metric(self, key: tuple[str, str, str], judge: Judge) -> FairnessMetric:
+        """The metric of a (judge, attribute, model), made on first use."""
+        if key not in self.metrics:
+            self.metrics[key] = FairnessMetric(judge.classes(key[1]), self.prompts)
+        return self.metrics[key]
+
+    @override
+    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.summaries = {key: metric.compute() for key, metric in self.metrics.items()}
+        prefix = "" if stage == "validation" else "test_"
+        for (judge, attribute, model), summary in self.summaries.items():
+            tag = attribute.replace(TIMES, "_")
+            group = f"{prefix}bias_{tag}"
+            if judge == TRAINING:
+                aligned = attribute == module.attribute.label and model == "ema" and stage == "validation"
+                module.log(f"{group}/{model}", summary.bias, prog_bar=aligned, sync_dist=True)
+                module.log(f"{group}/floor", summary.floor, sync_dist=True)
+                for name, share in zip(summary.classes, summary.frequencies, strict=True):
+                    module.log(f"{prefix}frequency_{tag}/{name}_{model}", share, sync_dist=True)
+                without = summary.without_face / max(summary.images, 1)
+                module.log(f"{prefix}faces/without_face_{model}", without, sync_dist=True)
+            else:
+                module.log(f"{group}/{model}_independent", summary.bias, sync_dist=True)
+
+
+class QualityMonitor(EvaluationCallback):
+    """How much of the image was kept: CLIP-T, similarity to the original image, and the subject.
+
+    CLIP-T is the cosine of image and prompt; the module's feature networks give the cosine of each image with the
+    original model's from the same noise (CLIP-I, DINO). Where a judge also reads the subject of the prompt, such as
+    the occupation, the share of images in which it reads the same as in the original is reported, of all images: one
+    that lost its face counts by what is read in it all the same.
+
+    Args:
+        judge: a judge that training never saw, with a head for the subject; none skips the last measure.
+        subject: name of that head.
+
+    Attributes:
+        values: after an evaluation, the mean of each measure by (measure, model).
+    """
+
+    def __init__(self, judge: Judge | None = None, subject: str = "occupation") -> None:
+        self.judge, self.subject = judge, subject
+        self.metrics: dict[tuple[str, str], MeanMetric] = {}
+        self.values: dict[tuple[str, str], float] = {}
+
+    def load(self) -> None:
+        """Load the judge, once.
+
+        Raises:
+            ValueError: if it does not read the subject.
+        """
+        if self.judge is not None:
+            self.judge.load()
+            self.judge.classes(self.subject)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.load()
+
+    @override
+    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.metrics = {}
+
+    @override
+    @torch.no_grad()
+    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+        for network in module.features:
+            embeddings = {model: network(pictures) for model, pictures in images.items()}
+            name = type(network).__name__.lower()
+            for model, embedding in embeddings.items():
+                if isinstance(network, Clip):
+                    text = network.embed_text([batch.prompt.text])
+                    self.update(module, ("clip_t", model), (embedding * text).sum(-1))
+                if model != "original":
+                    measure = f"{name}_i" if isinstance(network, Clip) else name
+                    self.update(module, (measure, model), (embedding * embeddings["original"]).sum(-1))
+        if self.judge is not None:
+            judge = self.judge.to(module.device)
+            read = {model: judge(pictures) for model, pictures in images.items()}
+            original = read.pop("original")
+            for model, verdict in read.items():
+                same = verdict.classes(self.subject) == original.classes(self.subject)
+                self.update(module, (f"{self.subject}_kept", model), same.float())
+
+    def update(self, module: FairFinetuning, key: tuple[str, str], values: Tensor) -> None:
+        """Add values to the mean of a (measure, model), made on first use."""
+        metric = self.metrics.setdefault(key, MeanMetric(nan_strategy="ignore")).to(module.device)
+        metric.update(values)
+
+    @override
+    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.values = {key: float(metric.compute()) for key, metric in self.metrics.items()}
+        prefix = "" if stage == "validation" else "test_"
+        for (measure, model), value in self.values.items():
+            module.log(f"{prefix}kept/{measure}_{model}", value, sync_dist=True)
+
+
+class ImageGrid(EvaluationCallback):
+    """Pictures of the same prompts from the same noise, before and after, in TensorBoard and as a file.
+
+    Args:
+        prompts: how many prompts, one a row.
+        images: how many images of each model in a row.
+
+    Attributes:
+        file: the picture that the test wrote.
+    """
+
+    def __init__(self, prompts: int = 6, images: int = 12) -> None:
+        self.prompts, self.images = prompts, images
+        self.rows: list[GridRow] = []
+        self.file: Path | None = None
+
+    @override
+    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.rows = []
+
+    @override
+    @torch.no_grad()
+    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+        if len(self.rows) >= self.prompts or not module.trainer.is_global_zero:
+            return
+        row = GridRow(batch.prompt.text)
+        for model in ("original", "ema"):
+            pictures = images[model][: self.images]
+            verdict = module.judge(pictures)
+            classes = [verdict.classes(name).cpu() for name in module.attribute.names]
+            row.sides[model] = GridSide(pictures.float().cpu(), torch.stack(classes, 1), verdict.face.cpu())
+        self.rows.append(row)
+
+    @override
+    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        log_dir = trainer.log_dir  # a broadcast: every rank must ask
+        if not trainer.is_global_zero or not self.rows:
+            return
+        grid = comparison_grid(self.rows, {name: module.judge.classes(name) for name in module.attribute.names})
+        if log_dir is not None and stage == "test":
+            self.file = Path(log_dir, "before_after.png")
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(self.file)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):
+                import numpy as np
+
+                logger.experiment.add_image(
+                    f"before_after/{stage}", np.asarray(grid), trainer.global_step, dataformats="HWC"
+                )
