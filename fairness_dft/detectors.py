@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from threading import Lock
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
-from fairness_dft.loading import file_or_hub, resolve
+from fairness_dft.loading import file_or_hub, one_line, resolve
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class InsightFace(FaceDetector):
     def load(self) -> None:
         if hasattr(self, "_detector"):
             return
+        opencv()
         folder = resolve(self.name)
         if not folder.is_dir() and len(Path(self.name).parts) > 1:
             raise ValueError(f"the face detector {self.name!r} could not be loaded: there is no such folder")
@@ -149,10 +151,9 @@ class YuNet(FaceDetector):
 
     @override
     def load(self) -> None:
-        import cv2
-
         if hasattr(self, "_detector"):
             return
+        cv2 = opencv()
         file = file_or_hub(self.path)
         cv2.utils.logging.setLogLevel(
             cv2.utils.logging.LOG_LEVEL_ERROR
@@ -179,6 +180,22 @@ class YuNet(FaceDetector):
         found = np.zeros((0, 15), np.float32) if found is None else found / scale
         boxes = np.concatenate([found[:, :2], found[:, :2] + found[:, 2:4]], axis=1)
         return Detections(boxes, found[:, 4:14].reshape(-1, 5, 2))
+
+
+def opencv() -> ModuleType:
+    """OpenCV, which needs a system library that servers may lack.
+
+    Raises:
+        ValueError: if it cannot be imported.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise ValueError(
+            f"OpenCV could not be imported ({one_line(error)}): install the system's libgl1 and libglib2.0-0, or "
+            "opencv-python-headless in place of opencv-python"
+        ) from error
+    return cv2
 
 
 def check_threshold(threshold: float) -> None:

@@ -1,6 +1,7 @@
 """Face detectors, by the libraries' own code, on drawn faces."""
 
 import pickle
+import sys
 from pathlib import Path
 
 import cv2
@@ -110,6 +111,13 @@ def test_what_is_no_detector_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no network")
     with pytest.raises(ValueError, match="could not be loaded: it is no YuNet"):
         YuNet(str(tmp_path / "broken.onnx")).load()
+
+
+@every_detector
+def test_missing_system_libraries_are_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match="OpenCV could not be imported .*: install the system's libgl1 .* or opencv-"):
+        DETECTORS[kind]().load()
 
 
 def test_detector_without_landmarks_is_refused(tmp_path: Path) -> None:
