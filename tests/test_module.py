@@ -17,7 +17,9 @@ from fairness_dft.classifiers import ImageClassifier, Judge, Verdict
 from fairness_dft.detectors import InsightFace
 from fairness_dft.faces import DetectedFaces, WholeFrame
 from fairness_dft.features import NETWORK, Clip, FaceEmbedding, FaceRealism
+from fairness_dft.losses import Alignment
 from fairness_dft.metrics import class_bias
+from fairness_dft.module import Original
 from fairness_dft.sampler import Sampler
 from fairness_dft.transport import expected_joint_targets, expected_targets
 
@@ -240,6 +242,9 @@ def test_face_realism_is_the_loss_written_out(realism_files, monkeypatch):
     monkeypatch.setattr(type(module), "trainer", OneProcess())
     move(module, 0.3)
     batch, logged = first_batch(images_per_prompt=12), {}
+    with torch.no_grad():  # half of the originals are not sure enough
+        sure = module.judge(sample_both(module, batch)[1]).probabilities("gender").max(1).values
+    module.face_realism.confidence = float(sure.median())
     record(monkeypatch, module, logged)
     monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
     loss = module.training_step(batch, 0)
@@ -252,24 +257,48 @@ def test_face_realism_is_the_loss_written_out(realism_files, monkeypatch):
         probabilities = seen.probabilities("gender")[seen.face]
         targets, place = expected_targets(probabilities, [0.5, 0.5]), 0
         bank, embedding = module.face_realism.bank, module.face_realism.embedding
-        distances, kept = [], 0
+        distances, kept, unsure = [], 0, 0
         for i in range(12):
             if not seen.face[i]:
                 continue
             face = embedding(embedding.align(images[i : i + 1], seen.landmarks[i : i + 1]))[0]
             sure, former = before.probabilities("gender")[i].max(0)
             stays = before.face[i] and targets.confidence[place] >= 0.55 and targets.classes[place] == former
-            if stays and sure >= 0.6:
+            unsure += bool(stays and sure < module.face_realism.confidence)
+            if stays and sure >= module.face_realism.confidence:
                 reference = embedding(embedding.align(original[i : i + 1], before.landmarks[i : i + 1]))[0]
                 kept += 1
             else:
                 reference = max(bank, key=lambda real, face=face: float(real @ face))
             distances.append(1 - float(face @ reference))
             place += 1
-    assert 0 < kept < len(distances)  # both kinds of reference occur
+    assert 0 < kept < len(distances) - unsure and unsure  # all kinds of reference occur
     torch.testing.assert_close(logged["loss/face"], sum(distances) / len(distances), rtol=1e-4, atol=1e-5)
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in module.adapter.parameters())
+
+
+def test_an_original_without_a_face_is_no_reference(realism_files, monkeypatch):
+    module = detecting(realism_files)
+    module.configure_model()
+    monkeypatch.setattr(type(module), "trainer", OneProcess())
+    record(monkeypatch, module, {})
+    batch = first_batch(images_per_prompt=2)
+    images = sample_both(module, batch)[1]
+    with torch.no_grad():
+        verdict = module.judge(images)
+        faces = module.embed_faces(images, verdict)
+    assert verdict.face.all()
+    classes = verdict.classes("gender")
+    alignments = {"gender": Alignment(classes, torch.ones(2, dtype=torch.bool), 2)}  # both may stay as they are
+    module.face_realism.confidence = 0.0
+    assert module.realism(images, verdict, Original(verdict, [], faces), alignments).item() == pytest.approx(
+        0, abs=1e-5
+    )
+    blind = replace(verdict, face=torch.tensor([False, True]))
+    nearest = float((faces[0] @ module.face_realism.bank.T).max())
+    loss = module.realism(images, verdict, Original(blind, [], faces), alignments)
+    assert loss.item() == pytest.approx((1 - nearest) / 2, abs=1e-5) and loss.item() > 1e-3
 
 
 def test_a_fit_through_the_detector_moves_the_adapter(realism_files, tmp_path):
