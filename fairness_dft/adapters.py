@@ -100,6 +100,41 @@ class Adapter(ABC):
             save_file(state, path, metadata={"format": "pt", **extra})
         return paths
 
+    def load(self, folder: str | Path, name: Name = "ema") -> None:
+        """Copies what `save` wrote into `trained` or `ema`.
+
+        Args:
+            folder: Where the files lie.
+            name: Which tensors to overwrite.
+
+        Raises:
+            ValueError: If a file is missing or of another adapter.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        state: dict[str, Tensor] = {}
+        for file in dict.fromkeys(part.file for part in self.parts):
+            path = Path(folder, file)
+            try:
+                state |= load_file(path)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{str(path)!r} could not be read: {error}") from error
+        self.load_state_dict(state, name)
+
+    def rescale(self, scale: float, name: Name = "ema") -> None:
+        """Changes how strongly `trained` or `ema` is applied, for good.
+
+        Args:
+            scale: A factor; 0 leaves the original model.
+            name: Which of the two.
+
+        Raises:
+            ValueError: If the adapter is not one whose strength can be changed, and `scale` is not 1.
+        """
+        if scale != 1:
+            raise ValueError(f"{type(self).__name__} has no strength to change: leave the scale at 1")
+
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Returns the trained tensors with their learning rates, for an optimizer.
 
@@ -281,6 +316,13 @@ class LoRA(Adapter):
         return {f"{self.component}.{key}": value for key, value in settings.items()}
 
     @override
+    @torch.no_grad()
+    def rescale(self, scale: float, name: Name = "ema") -> None:
+        for key, tensor in self.tensors(name).items():
+            if key.endswith(f".{self.factors[1]}.weight"):
+                tensor.mul_(scale)
+
+    @override
     def _activate(self, name: Name) -> None:
         if name == "original":
             self._network.disable_adapters()
@@ -342,6 +384,11 @@ class Combined(Adapter):
     @override
     def tensors(self, name: Name) -> dict[str, nn.Parameter]:
         return {key: tensor for part in self.parts for key, tensor in part.tensors(name).items()}
+
+    @override
+    def rescale(self, scale: float, name: Name = "ema") -> None:
+        for part in self.parts:
+            part.rescale(scale, name)
 
     @override
     def _activate(self, name: Name) -> None:

@@ -93,7 +93,9 @@ class OneLineCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         try:
-            super().parse_arguments(parser, args)
+            with warnings.catch_warnings():  # commands that use another command's settings have arguments of their own
+                warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+                super().parse_arguments(parser, args)
         except ArgumentError as error:
             out = way_out(str(error), parser.get_defaults().keys(), self.example)
             raise ValueError(innermost(str(error)) + out) from error
@@ -241,6 +243,20 @@ def writable(folder: Path) -> None:
         raise ValueError(
             f"--output: cannot write to {str(folder)!r} ({error.strerror}); choose another folder"
         ) from None
+
+
+def new_folder(folder: Path) -> None:
+    """Make a folder for results.
+
+    Raises:
+        ValueError: if it holds something already, or cannot be written.
+    """
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--output: {str(folder)!r} is there already; choose another name, or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: cannot write {str(folder)!r} ({error.strerror}); choose another place") from None
 
 
 def run_main(main: Any) -> None:

@@ -65,6 +65,10 @@ class TextToImage(nn.Module, ABC):
             The conditioning c, with shape (B, L, D).
         """
 
+    def unread(self, prompt: str) -> str:
+        """Returns the end of a prompt that the text encoder does not read, as it is too long; empty if it reads all."""
+        return ""
+
     @abstractmethod
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Tensor) -> Tensor:
         """Calls the denoising network once.
@@ -230,12 +234,22 @@ class StableDiffusion(TextToImage):
         tokens = self.tokenizer(
             [self.prefix + prompt if prompt else "" for prompt in prompts],
             padding="max_length",
-            max_length=min(self.tokenizer.model_max_length, config.max_position_embeddings),
+            max_length=self._longest,
             truncation=True,
             return_tensors="pt",
         ).to(self.text_encoder.device)
         mask = tokens.attention_mask if getattr(config, "use_attention_mask", False) else None
         return self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
+
+    @property
+    def _longest(self) -> int:
+        """The number of tokens that the text encoder reads, start and end included."""
+        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+
+    @override
+    def unread(self, prompt: str) -> str:
+        tokens = self.tokenizer(self.prefix + prompt, add_special_tokens=False, verbose=False).input_ids
+        return self.tokenizer.decode(tokens[self._longest - 2 :]).strip()
 
     @override
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from fairness_dft.classifier_backbone import backbone, last_linear
 from fairness_dft.classifier_card import head_figures, model_card, table, temperature
-from fairness_dft.cli import OneLineCLI, resumable, run_main
+from fairness_dft.cli import OneLineCLI, new_folder, resumable, run_main
 from fairness_dft.labelled_faces import SPLITS, UNKNOWN, LabelledFaces
 from fairness_dft.loading import resolve
 from fairness_dft.preprocessing import Preprocessing
@@ -245,20 +245,6 @@ class ClassifierCLI(OneLineCLI):
         self.save_config_kwargs["overwrite"] = checkpoint is not None  # a resumed training is described anew
         self.config.trainer.default_root_dir = str(output / "training")
         self.best.dirpath = str(output / "training" / "checkpoints")
-
-
-def new_folder(folder: Path) -> None:
-    """Make a folder for results.
-
-    Raises:
-        ValueError: if it holds something already, or cannot be written.
-    """
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"--output: {str(folder)!r} is there already; choose another name, or remove it")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output: cannot write {str(folder)!r} ({error.strerror}); choose another place") from None
 
 
 def main(args: ArgsType = None) -> None:

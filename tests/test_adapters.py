@@ -1,11 +1,13 @@
 """Adapters against the algebra of LoRA and EMA, and exported files against the pipeline that reads them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from miniature import PORTRAITS
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from tiny import build_tiny_pipeline
 from torch.testing import assert_close
@@ -123,6 +125,50 @@ def test_every_trained_tensor_gets_a_gradient(folder: Path, kind: str) -> None:
     predict(model).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
     assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+
+
+@every_kind
+def test_exported_files_come_back(folder: Path, kind: str, tmp_path: Path) -> None:
+    model, adapter = attached(folder, kind)
+    randomize(adapter)
+    adapter.save(tmp_path, "trained")
+    again, other = attached(folder, kind)
+    other.load(tmp_path, "ema")
+    with other.using("ema"):
+        assert_close(predict(again), predict(model), rtol=0, atol=0)
+    file = next(tmp_path.iterdir())
+    file.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=f"{file.name}' could not be read"):
+        other.load(tmp_path, "ema")
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{file.name}' could not be read"):
+        other.load(tmp_path, "ema")
+
+
+@every_kind
+def test_scale_is_how_far_the_weights_move(folder: Path, kind: str) -> None:
+    model, adapter = attached(folder, kind)
+    randomize(adapter)
+    if kind in ("prefix", "all"):
+        adapter.rescale(1.0, "trained")
+        with pytest.raises(ValueError, match="PromptPrefix has no strength to change"):
+            adapter.rescale(0.5, "trained")
+        return
+    before = dict(merged(model))
+    adapter.rescale(0.5, "trained")
+    for name, (weight, delta) in merged(model):
+        assert_close(weight, before[name][0], rtol=0, atol=0)
+        assert_close(delta, before[name][1] / 2)
+        assert delta.abs().sum() > 0
+    adapter.rescale(0, "trained")
+    assert_close(predict(model), predict(load(folder)), rtol=0, atol=0)
+
+
+def merged(model) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """The weight of each adapted layer, and what `trained` adds to it."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            yield name, (layer.get_base_layer().weight.clone(), layer.get_delta_weight("trained"))
 
 
 def test_previous_model_returns_after_an_error(folder: Path) -> None:

@@ -74,6 +74,19 @@ def test_path_is_relative_to_the_working_directory(folder: Path, monkeypatch) ->
     assert load(folder.name).latent_shape == (4, 8, 8)
 
 
+def test_what_is_truncated_is_told(model: StableDiffusion) -> None:
+    words = [word.removesuffix("</w>") for word in sorted(model.tokenizer.get_vocab()) if word.endswith("</w>")]
+    words = [word for word in words if word.isalpha()][:8] * 20
+    reads = model._longest - 2
+    assert model.unread(" ".join(words[:reads])) == ""
+    assert model.unread(" ".join(words[: reads + 3])) == " ".join(words[reads : reads + 3])
+    model.prefix = f"{words[0]} {words[1]} "
+    try:
+        assert model.unread(" ".join(words[:reads])) == " ".join(words[reads - 2 : reads])
+    finally:
+        model.prefix = ""
+
+
 def test_long_prompts_are_truncated_as_in_the_pipeline(model: StableDiffusion) -> None:
     long = "a photo of the face of a chef, a person"
     pipeline = diffusers.StableDiffusionPipeline(
