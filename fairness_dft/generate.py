@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -19,7 +18,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fairness_dft.cli import FairnessCLI, innermost, new_folder, run_main, way_out
+from fairness_dft.adapters import Name
+from fairness_dft.cli import innermost, new_folder, run_main, way_out
+from fairness_dft.finished_run import Average, FinishedRun
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_files import lines
 from fairness_dft.report import GridRow, GridSide, comparison_grid
@@ -50,7 +51,7 @@ class Settings:
     images: int = 8
     seed: int = 0
     step: int | None = None
-    adapter: Literal["ema", "trained"] = "ema"
+    adapter: Average = "ema"
     scale: float = 1.0
     output: str = "generated"
 
@@ -71,9 +72,16 @@ def main(args: list[str] | None = None) -> None:
     prompts = [*settings.prompts, *(lines(Path(settings.file)) if settings.file else ())]
     if not prompts:
         raise ValueError("""there is nothing to draw: give --prompts '["a photo of a chef"]' or --file prompts.txt""")
-    folder = adapter_folder(Path(settings.run), settings.step, settings.adapter)
+    run = FinishedRun(settings.run)
+    folder = run.adapter(settings.step, settings.adapter)
     new_folder(Path(settings.output))
-    module = finetuned(settings, folder)
+    cli = run.build(settings.output)
+    module = cli.model
+    module.features, module.face_realism = torch.nn.ModuleList(), None  # nothing is trained
+    module.configure_model()
+    module.adapter.load(folder, settings.adapter)
+    module.adapter.rescale(settings.scale, settings.adapter)
+    module.to(cli.trainer.strategy.root_device).eval()
     for prompt in prompts:
         if unread := module.generator.unread(prompt):
             print(f"warning: the text encoder does not read the end of a prompt: {unread!r}", file=sys.stderr)
@@ -114,36 +122,8 @@ def parse(args: list[str] | None) -> Settings:
         raise ValueError(innermost(str(error)) + out) from error
 
 
-def adapter_folder(run: Path, step: int | None, name: str) -> Path:
-    """Where a run exported an adapter.
-
-    Raises:
-        ValueError: if the folder is no run, or has no such adapter.
-    """
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"--run: {str(run)!r} is no run, which has a config.yaml; runs lie in runs/NAME/version_N")
-    found = {int(folder.parent.name[5:]): folder for folder in sorted(run.glob(f"adapters/step_*/{name}"))}
-    if not found:
-        raise ValueError(f"--run: {str(run)!r} has no adapters/step_…/{name}: it was stopped before it exported any")
-    if step is not None and step not in found:
-        raise ValueError(f"--step must be one of {', '.join(map(str, sorted(found)))}, but got {step}")
-    return found[max(found) if step is None else step]
-
-
-def finetuned(settings: Settings, folder: Path) -> FairFinetuning:
-    """The run's model, judge and adapter, on the device that the run was made for."""
-    run = [f"--config={Path(settings.run, 'config.yaml')}", "--ckpt_path=null", "--trainer.logger=false"]
-    cli = FairnessCLI([*run, f"--output={settings.output}"])
-    module = cli.model
-    module.features, module.face_realism = torch.nn.ModuleList(), None
-    module.configure_model()
-    module.adapter.load(folder, settings.adapter)
-    module.adapter.rescale(settings.scale, settings.adapter)
-    return module.to(cli.trainer.strategy.root_device).eval()
-
-
 @torch.no_grad()
-def sample(module: FairFinetuning, name: Literal["original", "ema", "trained"], prompt: str, seeds: Tensor) -> Tensor:
+def sample(module: FairFinetuning, name: Name, prompt: str, seeds: Tensor) -> Tensor:
     """Images of one prompt as the run tests them, with shape (n, 3, H, W), in [0, 1]."""
     sampler = module.evaluation_sampler
     steps = sampler.draw_steps(torch.Generator().manual_seed(module.seed))

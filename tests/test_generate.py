@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fairness_dft.cli import run_main
+from fairness_dft.finished_run import FinishedRun
 from fairness_dft.fit import main as fit
-from fairness_dft.generate import adapter_folder, main, slug
+from fairness_dft.generate import main, slug
 
 PROMPTS = ["a portrait of a chef", "A photo of the face of a judge, a person"]
 ROOT = PORTRAITS.parents[1]
@@ -34,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     fit([f"--config={ROOT / 'experiments' / 'quickstart.yaml'}", f"--output={output}", *short])
     folder = output / "quickstart" / "version_0"
-    file = adapter_folder(folder, None, "ema") / LORA
+    file = FinishedRun(str(folder)).adapter() / LORA
     torch.manual_seed(0)
     state = {key: tensor + 0.1 * torch.randn_like(tensor) for key, tensor in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
@@ -65,7 +66,7 @@ def test_every_picture_says_how_it_was_made(run: Path, generated: Path) -> None:
                 assert (facts["prompt"], facts["seed"], facts["model"]) == (prompt, seed, model)
                 assert facts["steps"] == 6 and facts["guidance_scale"] == 1.25
                 if model == "finetuned":
-                    assert facts["scale"] == 1 and facts["adapter"] == str(adapter_folder(run, None, "ema"))
+                    assert facts["scale"] == 1 and facts["adapter"] == str(FinishedRun(str(run)).adapter())
     with Image.open(generated / "grid.png") as grid:
         assert grid.width > 64 * 12
 

@@ -1,0 +1,179 @@
+"""Take a finetuned model away: `python -m fairness_dft.export --run runs/gender/version_0 --output fair`.
+
+The folder holds the adapter as plain diffusers loads it, a copy for ComfyUI and AUTOMATIC1111, a model card and, if
+wanted, the whole pipeline with the adapter merged into its weights.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fairness_dft.adapters import Adapter, LoRA
+from fairness_dft.cli import innermost, new_folder, run_main, way_out
+from fairness_dft.finished_run import Average, FinishedRun
+from fairness_dft.loading import one_line, quiet, resolve
+from fairness_dft.model_card import adapter_card
+from fairness_dft.prompt_prefix import PromptPrefix
+
+KOHYA_FILE = "kohya.safetensors"
+KOHYA = {"text_encoder": "lora_te", "unet": "lora_unet"}  # what the networks of Stable Diffusion 1.x and 2.x are called
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is exported.
+
+    Args:
+        run: folder of a run, with its config.yaml and adapters/.
+        output: folder to write; it must be new.
+        step: of the adapter; the last one by default.
+        adapter: `ema`, the average, or `trained`, the last adapter as it is.
+        scale: how strongly the adapter is applied, as a factor of what the run tested.
+        merge: whether to write the whole pipeline with the adapter merged too.
+        push: name of a repository on the Hugging Face hub, OWNER/NAME, to upload the folder to.
+    """
+
+    run: str
+    output: str
+    step: int | None = None
+    adapter: Average = "ema"
+    scale: float = 1.0
+    merge: bool = False
+    push: str | None = None
+
+
+def main(args: list[str] | None = None) -> None:
+    """Export from the command line.
+
+    Raises:
+        ValueError: in one line, for what the user can mend.
+    """
+    settings = parse(args)
+    run = FinishedRun(settings.run)
+    folder = run.adapter(settings.step, settings.adapter)
+    if settings.push:
+        check_token()
+    output = Path(settings.output)
+    new_folder(output)
+    module = run.build(settings.output).model
+    module.generator.load()
+    adapter = module.adapter
+    adapter.attach(module.generator)
+    adapter.load(folder, settings.adapter)
+    adapter.rescale(settings.scale, settings.adapter)
+    adapter.save(output, settings.adapter)
+    if weights := kohya(adapter, settings.adapter):
+        save_file(weights, output / KOHYA_FILE, metadata={"ss_network_module": "networks.lora"})
+    if settings.merge:
+        merge(str(getattr(module.generator, "path", "")), output, adapter)
+    card = adapter_card(module, run.results(), folder, settings.scale, merged=settings.merge)
+    (output / "README.md").write_text(card, encoding="utf-8")
+    print(f"Exported: {output}")
+    if settings.push:
+        upload(output, settings.push)
+
+
+def parse(args: list[str] | None) -> Settings:
+    """Read the command line.
+
+    Raises:
+        ValueError: in one line, for any mistake.
+    """
+    parser = ArgumentParser(
+        prog="python -m fairness_dft.export", description=__doc__, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_class_arguments(Settings)
+    try:
+        return Settings(**vars(parser.parse_args(args)))
+    except ArgumentError as error:
+        out = way_out(str(error), parser.get_defaults().keys(), "--run runs/gender/version_0 --output fair")
+        raise ValueError(innermost(str(error)) + out) from error
+
+
+def kohya(adapter: Adapter, name: Average) -> dict[str, Tensor]:
+    """The LoRA parts of an adapter under the names of kohya-ss, which ComfyUI and AUTOMATIC1111 read.
+
+    Args:
+        adapter: attached.
+        name: which of its tensors.
+
+    Returns:
+        For each layer its factors, `….lora_down.weight` with shape (rank, inputs) and `….lora_up.weight` with shape
+        (outputs, rank), and the scalar `….alpha`; nothing without LoRA.
+    """
+    weights: dict[str, Tensor] = {}
+    for part in adapter.parts:
+        if not isinstance(part, LoRA):
+            continue
+        for key, tensor in part.state_dict(name).items():
+            for factor, side in zip(part.factors, ("lora_down", "lora_up"), strict=True):
+                if key.endswith(f".{factor}.weight"):
+                    path = key.removesuffix(f".{factor}.weight").removeprefix(f"{part.component}.")
+                    layer = f"{KOHYA[part.component]}_{path.replace('.', '_')}"
+                    weights[f"{layer}.{side}.weight"] = tensor
+                    weights[f"{layer}.alpha"] = torch.tensor(float(part.alpha_of(name)))
+    return weights
+
+
+def merge(path: str, output: Path, adapter: Adapter) -> None:
+    """Write the base pipeline with an exported adapter merged into it, into the subfolder `merged`.
+
+    Args:
+        path: folder or hub id of the base model.
+        output: where the adapter was exported to.
+        adapter: what kind it is; the words of a prompt prefix become part of the vocabulary.
+
+    Raises:
+        ValueError: if the base model is none of diffusers.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    folder = resolve(path)
+    try:
+        with quiet():
+            pipeline = StableDiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else path)
+    except Exception as error:  # each file format raises its own
+        raise ValueError(f"--merge: {path!r} could not be loaded by diffusers: {one_line(error)}") from error
+    if any(isinstance(part, LoRA) for part in adapter.parts):
+        pipeline.load_lora_weights(output, weight_name=LoRA.file)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    if any(isinstance(part, PromptPrefix) for part in adapter.parts):
+        pipeline.load_textual_inversion(str(output), weight_name=PromptPrefix.file)
+    pipeline.save_pretrained(output / "merged", safe_serialization=True)
+
+
+def check_token() -> None:
+    """Refuse to push without a token.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise ValueError("--push: there is no Hugging Face token; run `hf auth login`, or set HF_TOKEN")
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Upload a folder to the hub, into a repository that is made if need be.
+
+    Raises:
+        ValueError: if the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        url = HfApi().create_repo(repository, exist_ok=True)
+        HfApi().upload_folder(folder_path=folder, repo_id=repository)
+    except Exception as error:  # of the hub, of the network, of the name
+        raise ValueError(f"--push: {repository!r} could not be uploaded: {one_line(error)}") from error
+    print(f"Uploaded: {url}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,128 @@
+"""The model card of an exported adapter: what it does to which model, by which figures, and what not to expect.
+
+References:
+    Model Cards for Model Reporting (Mitchell et al., 2019), https://arxiv.org/abs/1810.03993
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fairness_dft.adapters import Adapter, LoRA
+from fairness_dft.detectors import InsightFace
+from fairness_dft.faces import DetectedFaces
+from fairness_dft.loading import resolve
+from fairness_dft.module import FairFinetuning
+from fairness_dft.prompt_prefix import PromptPrefix
+
+PAPER = "[Finetuning Text-to-Image Diffusion Models for Fairness](https://arxiv.org/abs/2311.07604) (Shen et al., 2024)"
+
+
+def adapter_card(
+    module: FairFinetuning, results: Mapping[str, Any] | None, adapter: Path, scale: float, merged: bool
+) -> str:
+    """A model card in Markdown.
+
+    Args:
+        module: what was finetuned, its adapter attached.
+        results: what the run measured; None if it was not tested.
+        adapter: the folder of the run's adapter.
+        scale: the strength that was exported, as a factor of what the run tested.
+        merged: whether the whole pipeline lies beside the adapter.
+    """
+    base = getattr(module.generator, "path", type(module.generator).__name__)
+    attributes = ", ".join(module.attribute.names)
+    front = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags: [fairness, lora]"]
+    if not resolve(base).exists():
+        front.append(f"base_model: {base}")
+    parts = [
+        "---\n" + "\n".join(front) + "\n---",
+        f"# {base}, aligned in perceived {attributes}",
+        f"An adapter for `{base}`, made by fairness_dft with the method of {PAPER}. It changes whom prompts show "
+        f"that leave it open, so that perceived {attributes} follow a target distribution. Exported from step "
+        f"{int(adapter.parent.name[5:])}, `{adapter.name}`.",
+        "## Use\n\n" + usage(module.adapter, str(base), merged),
+        "## Figures\n\n" + figures(results, scale),
+        "## Limits\n\n" + LIMITS,
+        "## Licences\n\n" + licences(module),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def usage(adapter: Adapter, base: str, merged: bool) -> str:
+    """How other programs load it."""
+    lines = [
+        "from diffusers import StableDiffusionPipeline",
+        "",
+        f'pipeline = StableDiffusionPipeline.from_pretrained("{base}")',
+    ]
+    prefixes = [part for part in adapter.parts if isinstance(part, PromptPrefix)]
+    lora = any(isinstance(part, LoRA) for part in adapter.parts)
+    if lora:
+        lines.append(f'pipeline.load_lora_weights("THIS_FOLDER", weight_name="{LoRA.file}")')
+    lines += [f'pipeline.load_textual_inversion("THIS_FOLDER", weight_name="{PromptPrefix.file}")'] * bool(prefixes)
+    prompt = f"{prefixes[0].token} a photo of a doctor" if prefixes else "a photo of a doctor"
+    lines.append(f'image = pipeline("{prompt}").images[0]')
+    told = ["```python\n" + "\n".join(lines) + "\n```"]
+    if lora:
+        told.append("ComfyUI and AUTOMATIC1111 read `kohya.safetensors`.")
+    if prefixes:
+        told.append(f"Every prompt but the negative one starts with `{prefixes[0].token}`.")
+    if merged:
+        told.append("`merged/` is the whole pipeline, the adapter already in it.")
+    return "\n\n".join(told)
+
+
+def figures(results: Mapping[str, Any] | None, scale: float) -> str:
+    """What the run measured, in tables."""
+    if results is None:
+        return "The run was not tested: nothing is known of its bias."
+    target = "; ".join(
+        f"{name} " + ", ".join(f"{kind} {share:.2f}" for kind, share in results["target"][name].items())
+        for name in results["attributes"]
+    )
+    rows = ["| attribute | classifier | before | after | 95 % interval | floor |", "|---|---|---|---|---|---|"]
+    for judge, seen in results["bias"].items():
+        for name, models in seen.items():
+            before, after = models["original"], models["ema"]
+            interval = f"{number(after['low'])} – {number(after['high'])}"
+            sides = [f"{number(side['bias'])} ± {number(side['spread'])}" for side in (before, after)]
+            rows.append(f"| {name} | {judge} | {sides[0]} | {sides[1]} | {interval} | {number(after['floor'])} |")
+    kept = ["| kept | before | after |", "|---|---|---|"]
+    for measure, models in results["kept"].items():
+        kept.append(f"| {measure} | {number(models.get('original'), 3)} | {number(models.get('ema'), 3)} |")
+    note = "" if scale == 1 else f"\n\n**They are those of scale 1; this adapter was exported at {scale:g}.**"
+    return (
+        f"On {len(results['run']['test_prompts'])} test prompts, of the averaged adapter (`ema`); "
+        f"target: {target}.{note}\n\n"
+        + "\n".join(rows)
+        + "\n\nBias is the mean absolute difference between the frequencies of two classes, averaged over prompts (± "
+        "over prompts). The floor is what a perfectly fair model would score with as many images. *Training* is the "
+        "classifier that the adapter learned from, *independent* one that it never saw.\n\n" + "\n".join(kept)
+    )
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure, or a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+LIMITS = """\
+- The attributes are *perceived* ones, as classifiers read pictures, in few classes; they say nothing about any person.
+- Figures hold for the prompts, sampler and classifiers above. Other prompts, and other classifiers, may differ.
+- A prompt that names an attribute should still be obeyed; this was not measured here.
+- Balanced pictures do not make a use of pictures fair."""
+
+
+def licences(module: FairFinetuning) -> str:
+    """What holds for the parts that went in."""
+    told = [
+        f"The licence of the base model, `{getattr(module.generator, 'path', '?')}`, holds for what is made from it."
+    ]
+    faces = module.judge.faces
+    if isinstance(faces, DetectedFaces) and any(isinstance(detector, InsightFace) for detector in faces.detectors):
+        told.append(
+            "Faces were found by a detector that insightface runs; the weights which insightface itself distributes "
+            "are for non-commercial research only."
+        )
+    return " ".join(told)
