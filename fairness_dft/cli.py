@@ -12,10 +12,10 @@ from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -28,6 +28,8 @@ from fairness_dft.module import FairFinetuning
 from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.prompts import PromptModule
 from fairness_dft.stop import FiniteSteps, GracefulStop
+
+Settings = TypeVar("Settings")
 
 MONITORS = {
     "adapter_average": AdapterAverage,
@@ -164,6 +166,32 @@ class FairnessCLI(OneLineCLI):
         callbacks = self._get(self.config_init, "trainer.callbacks")
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         return any(isinstance(callback, ProgressBar) for callback in callbacks)
+
+
+def parsed(
+    kind: type[Settings], command: str, description: str | None, example: str, args: list[str] | None
+) -> Settings:
+    """The command line of a command that has no trainer: one flag for each field of a dataclass.
+
+    Args:
+        kind: the dataclass.
+        command: the name of the module that is run.
+        description: what it does.
+        example: arguments with which it runs.
+        args: of the command line; those of the process by default.
+
+    Raises:
+        ValueError: in one line, for any mistake.
+    """
+    parser = ArgumentParser(
+        prog=f"python -m fairness_dft.{command}", description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_class_arguments(kind)
+    try:
+        return kind(**vars(parser.parse_args(args)))
+    except ArgumentError as error:
+        out = way_out(str(error), parser.get_defaults().keys(), example)
+        raise ValueError(innermost(str(error)) + out) from error
 
 
 def innermost(message: str, config: Namespace | None = None) -> str:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fairness_dft.adapters import Adapter, LoRA
-from fairness_dft.cli import innermost, new_folder, run_main, way_out
+from fairness_dft.cli import new_folder, parsed, run_main
 from fairness_dft.finished_run import Average, FinishedRun
 from fairness_dft.loading import one_line, quiet, resolve
 from fairness_dft.model_card import adapter_card
@@ -52,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         ValueError: in one line, for what the user can mend.
     """
-    settings = parse(args)
+    settings = parsed(Settings, "export", __doc__, "--run runs/gender/version_0 --output fair", args)
     run = FinishedRun(settings.run)
     folder = run.adapter(settings.step, settings.adapter)
     if settings.push:
@@ -75,23 +74,6 @@ def main(args: list[str] | None = None) -> None:
     print(f"Exported: {output}")
     if settings.push:
         upload(output, settings.push)
-
-
-def parse(args: list[str] | None) -> Settings:
-    """Read the command line.
-
-    Raises:
-        ValueError: in one line, for any mistake.
-    """
-    parser = ArgumentParser(
-        prog="python -m fairness_dft.export", description=__doc__, exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_class_arguments(Settings)
-    try:
-        return Settings(**vars(parser.parse_args(args)))
-    except ArgumentError as error:
-        out = way_out(str(error), parser.get_defaults().keys(), "--run runs/gender/version_0 --output fair")
-        raise ValueError(innermost(str(error)) + out) from error
 
 
 def kohya(adapter: Adapter, name: Average) -> dict[str, Tensor]:

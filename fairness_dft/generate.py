@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
@@ -19,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fairness_dft.adapters import Name
-from fairness_dft.cli import innermost, new_folder, run_main, way_out
+from fairness_dft.cli import new_folder, parsed, run_main
 from fairness_dft.finished_run import Average, FinishedRun
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_files import lines
@@ -68,7 +67,7 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         ValueError: in one line, for what the user can mend.
     """
-    settings = parse(args)
+    settings = parsed(Settings, "generate", __doc__, "--run runs/gender/version_0", args)
     prompts = [*settings.prompts, *(lines(Path(settings.file)) if settings.file else ())]
     if not prompts:
         raise ValueError("""there is nothing to draw: give --prompts '["a photo of a chef"]' or --file prompts.txt""")
@@ -103,23 +102,6 @@ def main(args: list[str] | None = None) -> None:
     picture = Path(settings.output, "grid.png")
     comparison_grid(rows, {name: module.judge.classes(name) for name in module.attribute.names}).save(picture)
     print(f"Picture: {picture}\nImages:  {settings.output}/*/, each with prompt, seed and settings inside")
-
-
-def parse(args: list[str] | None) -> Settings:
-    """Read the command line.
-
-    Raises:
-        ValueError: in one line, for any mistake.
-    """
-    parser = ArgumentParser(
-        prog="python -m fairness_dft.generate", description=__doc__, exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_class_arguments(Settings)
-    try:
-        return Settings(**vars(parser.parse_args(args)))
-    except ArgumentError as error:
-        out = way_out(str(error), parser.get_defaults().keys(), "--run runs/gender/version_0")
-        raise ValueError(innermost(str(error)) + out) from error
 
 
 @torch.no_grad()

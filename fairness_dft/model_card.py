@@ -39,7 +39,7 @@ def adapter_card(
         "---\n" + "\n".join(front) + "\n---",
         f"# {base}, aligned in perceived {attributes}",
         f"An adapter for `{base}`, made by fairness_dft with the method of {PAPER}. It changes whom prompts show "
-        f"that leave it open, so that perceived {attributes} follow a target distribution. Exported from step "
+        f"that leave it open, so that the frequencies of perceived {attributes} follow a target. Exported from step "
         f"{int(adapter.parent.name[5:])}, `{adapter.name}`.",
         "## Use\n\n" + usage(module.adapter, str(base), merged),
         "## Figures\n\n" + figures(results, scale),
