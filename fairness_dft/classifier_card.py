@@ -15,6 +15,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from fairness_dft.labelled_faces import SPLITS, UNKNOWN
 
+MANY = 20  # classes; of a head with more, tables name the one that is recalled least
+
 
 def head_figures(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     """Figures of one head over the pictures whose label is known.
@@ -102,17 +104,23 @@ def table(figures: Mapping[str, Any]) -> str:
     ]
     for head, values in figures["heads"].items():
         recall = ", ".join(f"{name} {shown(value)}" for name, value in values["recall"].items())
+        if len(values["recall"]) > MANY:
+            known = [(value, name) for name, value in values["recall"].items() if value is not None]
+            least = f"least {shown(min(known)[0])}, of {min(known)[1]}" if known else "–"
+            recall = f"{len(values['recall'])} classes, {least}"
         error = f"{shown(figures['calibration_error_before'][head])} → {shown(values['calibration_error'])}"
         lines.append(f"| {head} | {shown(values['balanced_accuracy'])} | {recall} | {error} |")
     return "\n".join(lines)
 
 
-def model_card(network: str, backbone: str, data: str, settings: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+def model_card(
+    network: str, backbone: str | None, data: str, settings: Mapping[str, Any], figures: Mapping[str, Any]
+) -> str:
     """What the classifier is, what it was trained on, how well it does, and what it must not be taken for.
 
     Args:
         network: name of its class.
-        backbone: what it started from.
+        backbone: what it started from; None if from random weights.
         data: name of the data set.
         settings: of the data set and the training, by name.
         figures: what `train_classifier` writes into metrics.json.
@@ -120,12 +128,15 @@ def model_card(network: str, backbone: str, data: str, settings: Mapping[str, An
     confusions = []
     for head, values in figures["heads"].items():
         classes = list(values["recall"])
+        if len(classes) > MANY:
+            continue
         rows = [
             f"| {name} | {' | '.join(map(str, row))} |" for name, row in zip(classes, values["confusion"], strict=True)
         ]
         header = [f"| {head}: label ↓ verdict → | {' | '.join(classes)} |", "|---" * (len(classes) + 1) + "|"]
         confusions.append("\n".join([*header, *rows]))
     counts = ", ".join(f"{figures['pictures'][name]} {name}" for name in SPLITS)
+    start = f"`{backbone}`" if backbone else "random weights"
     seen = {
         "test": "which training did not see",
         "validation": "**which also chose the best step and the temperatures**: these figures flatter",
@@ -137,7 +148,7 @@ pipeline_tag: image-classification
 
 # Attribute classifier: {", ".join(figures["heads"])}
 
-{network} from `{backbone}`, trained by fairness_dft on {data} ({counts} pictures). Labels have the form `head/class`.
+{network} from {start}, trained by fairness_dft on {data} ({counts} pictures). Labels have the form `head/class`.
 
 It reads **perceived** attributes, as annotators labelled pictures. It says nothing about any person's identity, and its
 classes are a simplification. It is meant for measuring and aligning generated images as a whole; it must not be used to

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from typing_extensions import override
 
 from fairness_dft.callbacks import AdapterAverage, AdapterCheckpoint, StepBar, Throughput
+from fairness_dft.dashboard import Dashboard
 from fairness_dft.loading import one_line
 from fairness_dft.module import FairFinetuning
 from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
@@ -127,7 +128,9 @@ class FairnessCLI(OneLineCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         example = "--config experiments/quickstart.yaml"
-        super().__init__("fit", FairFinetuning, PromptModule, args, example, {"callbacks": [GracefulStop()]})
+        super().__init__(
+            "fit", FairFinetuning, PromptModule, args, example, {"callbacks": [GracefulStop(), Dashboard()]}
+        )
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

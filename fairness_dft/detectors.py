@@ -10,7 +10,7 @@ References:
 
 import os
 from abc import ABC, abstractmethod
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -115,10 +115,13 @@ class InsightFace(FaceDetector):
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(os.environ.get("LOCAL_RANK", 0))}))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # pictures are looked at side by side
-        root = Path("~/.insightface").expanduser()
-        root.mkdir(parents=True, exist_ok=True)
-        # All processes of a run load it at once, and insightface's download does not expect that.
-        with redirect_stdout(StringIO()), FileLock(root / "fairness_dft.lock"):
+        lock: Any = nullcontext()
+        if not Path(name).is_dir():
+            root = Path("~/.insightface").expanduser()
+            root.mkdir(parents=True, exist_ok=True)
+            # All processes of a run load it at once, and insightface's download does not expect that.
+            lock = FileLock(root / "fairness_dft.lock")
+        with redirect_stdout(StringIO()), lock:
             analysis = FaceAnalysis(name, allowed_modules=["detection"], providers=providers, sess_options=options)
         analysis.prepare(ctx_id=0, det_thresh=self.threshold, det_size=self.size)
         return analysis

@@ -6,12 +6,14 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from fairness_dft.attributes import Attribute
 from fairness_dft.callbacks import AdapterAverage
 from fairness_dft.cli import FairnessCLI, run_main
-from fairness_dft.module import FairFinetuning
+from fairness_dft.dashboard import final_metrics
 from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.prompt_files import SPLITS, normalise
 from fairness_dft.prompts import PromptModule
@@ -61,15 +63,26 @@ def main(args: ArgsType = None) -> None:
         "machine": platform.platform(),
         "versions": {name: version(name) for name in PACKAGES},
     }
-    content = results(
-        module.attribute.names, targets(module), find[BiasMonitor].summaries, find[QualityMonitor].values, run
-    )
+    bias = find[BiasMonitor]
+    kept = find[QualityMonitor].values
+    content = results(module.attribute.names, module.target_shares(), bias.summaries, kept, run, bias.concepts)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(hyperparameters(cli.config), final_metrics(content))
     folder = Path(log_dir)
     write_json(folder / "results.json", content)
     print_results(content)
     print(f"Picture: {find[ImageGrid].file}\nResults: {folder / 'results.json'}")
     if trainer.loggers:
         print(f"Curves:  tensorboard --logdir {folder.parent}")
+
+
+def hyperparameters(config: Namespace) -> dict[str, str]:
+    """The settings in which runs differ most, by short names, as text."""
+    keys = ("model.attribute.name", "model.adapter.class_path", "model.learning_rate", "model.semantics_weight")
+    keys += ("data.init_args.images_per_prompt", "trainer.max_steps", "seed_everything")
+    names = ("attributes", "adapter", "learning_rate", "semantics_weight", "images_per_prompt", "steps", "seed")
+    return {name: str(config.get(key)).removeprefix("fairness_dft.") for name, key in zip(names, keys, strict=True)}
 
 
 def check_targets(attribute: Attribute, data: PromptModule, splits: list[str]) -> None:
@@ -85,17 +98,6 @@ def check_targets(attribute: Attribute, data: PromptModule, splits: list[str]) -
             f"--model.attribute.targets: {unknown[0]!r} is no prompt, subject or concept of the prompts; "
             f"their concepts are {concepts}"
         )
-
-
-def targets(module: FairFinetuning) -> dict[str, dict[str, float]]:
-    """The target distribution by class name, of each attribute and of their product."""
-    joint = module.distributions[None]
-    marginals = {
-        name: joint.sum([other for other in range(joint.ndim) if other != axis]) if joint.ndim > 1 else joint
-        for axis, name in enumerate(module.attribute.names)
-    }
-    tables = {**marginals, module.attribute.label: joint.flatten()}
-    return {name: dict(zip(module.judge.classes(name), table.tolist(), strict=True)) for name, table in tables.items()}
 
 
 def tested_and_trained(data: PromptModule) -> list[str]:

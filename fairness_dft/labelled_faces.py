@@ -26,7 +26,7 @@ from fairness_dft.loading import one_line
 SPLITS = ("train", "validation", "test")
 UNKNOWN = -100  # a label that is not known; the loss and the metrics leave it out
 
-Row = tuple[str, Path, dict[str, str]]  # split, file, and for each head the name of a class
+Row = tuple[str, Path, dict[str, str | None]]  # split, file, and for each head the name of a class, if it is known
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LabelledFaces(LightningDataModule, ABC):
 
     @abstractmethod
     def rows(self) -> list[Row]:
-        """Split, file and class names of every picture; a head that a picture has no label for is left out.
+        """Split, file and class names of every picture; a head that a picture has no label for is None or left out.
 
         Raises:
             ValueError: if the folder does not hold the data set.
@@ -93,14 +93,15 @@ class LabelledFaces(LightningDataModule, ABC):
         names: dict[str, set[str]] = {}
         for _, _, labels in rows:
             for head, name in labels.items():
-                names.setdefault(head, set()).add(name)
+                names.setdefault(head, set()).update({name} - {None})
+        names = {head: found for head, found in names.items() if found}
         if odd := [head for head in names if not head or set("/×") & set(head)]:
             raise ValueError(f"--data: the name of a head must not be empty or have / or × in it, but got {odd[0]!r}")
         self.heads = {head: self.order(head, found) for head, found in names.items()}
         index = {head: {name: i for i, name in enumerate(classes)} for head, classes in self.heads.items()}
         pictures: dict[str, list[LabelledPicture]] = {split: [] for split in SPLITS}
         for split, file, labels in rows:
-            known = {head: index[head][labels[head]] if head in labels else UNKNOWN for head in self.heads}
+            known = {head: index[head].get(labels.get(head), UNKNOWN) for head in self.heads}
             pictures[split].append(LabelledPicture(file, known))
         for split in ("train", "validation"):
             if not pictures[split]:
@@ -269,8 +270,8 @@ class LabelledFolder(LabelledFaces):
             if not name or splits.setdefault(name, split) != split:
                 raise ValueError(f"--data: {where}: file must be given, and in one split, but got {name!r}")
             heads = self.columns or [column for column in row if column not in ("file", "split")]
-            rows.append((split, self.folder / name, {head: row[head] for head in heads if row[head]}))
-        if not any(labels for _, _, labels in rows):
+            rows.append((split, self.folder / name, {head: row[head] or None for head in heads}))
+        if not any(name for _, _, labels in rows for name in labels.values()):
             raise ValueError(f"--data: {str(file)!r} has no labels: give one column for each head beside `file`")
         return rows
 

@@ -161,6 +161,9 @@ def frequency_drift(before: Tensor, after: Tensor) -> float:
     return float((before - after).abs().sum() / 2)
 
 
+Watched = tuple[str, str, str]  # what a summary is of: judge, attribute, model
+
+
 @dataclass
 class BiasSummary:
     """The fairness of a model on a list of prompts; NaN where no image shows a face.
@@ -180,6 +183,8 @@ class BiasSummary:
         prompts: the number of prompts averaged, those with at least one face.
         prompts_without_face: the number of prompts left out because none of their images shows a face.
         per_prompt: the bias of each prompt, NaN where it was not seen or shows no face.
+        counts: for each prompt the number of images of each class.
+        faceless: for each prompt the number of images without a face.
     """
 
     classes: tuple[str, ...]
@@ -194,6 +199,13 @@ class BiasSummary:
     prompts: int
     prompts_without_face: int
     per_prompt: tuple[float, ...]
+    counts: tuple[tuple[int, ...], ...]
+    faceless: tuple[int, ...]
+
+    def of(self, prompts: Sequence[int]) -> "BiasSummary":
+        """The summary of some of the prompts, by their index."""
+        rows = list(prompts)
+        return summarize_bias(torch.tensor(self.counts)[rows], torch.tensor(self.faceless)[rows], self.classes)
 
     def as_dict(self) -> dict[str, object]:
         """The fields as what JSON knows: lists for tuples, None for NaN."""
@@ -229,6 +241,8 @@ def summarize_bias(counts: Tensor, without_face: Tensor, classes: Sequence[str])
         prompts=int(seen.sum()),
         prompts_without_face=int((~seen & (without_face > 0)).sum()),
         per_prompt=tuple(bias.tolist()),
+        counts=tuple(map(tuple, counts.tolist())),
+        faceless=tuple(without_face.tolist()),
     )
 
 

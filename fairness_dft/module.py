@@ -196,6 +196,17 @@ class FairFinetuning(LightningModule):
         keys = (prompt.text, prompt.subject, prompt.concept, None)
         return next(self.distributions[key] for key in keys if key in self.distributions)
 
+    def target_shares(self) -> dict[str, dict[str, float]]:
+        """The target distribution by class name, of each attribute and of their product."""
+        joint = self.distributions[None]
+        tables = {self.attribute.label: joint.flatten()}
+        for axis, name in enumerate(self.attribute.names):
+            others = [other for other in range(joint.ndim) if other != axis]
+            tables[name] = joint.sum(others) if others else joint
+        return {
+            name: dict(zip(self.judge.classes(name), table.tolist(), strict=True)) for name, table in tables.items()
+        }
+
     def report_step(
         self,
         loss: Tensor,

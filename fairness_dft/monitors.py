@@ -17,7 +17,7 @@ from typing_extensions import override
 from fairness_dft.attributes import TIMES, Attribute
 from fairness_dft.classifiers import Judge
 from fairness_dft.features import Clip
-from fairness_dft.metrics import BiasSummary, FairnessMetric
+from fairness_dft.metrics import BiasSummary, FairnessMetric, Watched
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompts import PromptBatch
 from fairness_dft.report import GridRow, GridSide, comparison_grid
@@ -76,6 +76,7 @@ class BiasMonitor(EvaluationCallback):
 
     Attributes:
         summaries: after an evaluation, a `BiasSummary` for each (judge, attribute, model).
+        concepts: after a test, the same for the prompts of each concept, where there are several.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class BiasMonitor(EvaluationCallback):
     ) -> None:
         self.attributes = attributes
         self.independent_judge = independent_judge
-        self.metrics: dict[tuple[str, str, str], FairnessMetric] = {}
-        self.summaries: dict[tuple[str, str, str], BiasSummary] = {}
+        self.metrics: dict[Watched, FairnessMetric] = {}
+        self.prompts: dict[str, set[int]] = {}  # indices by concept
+        self.summaries: dict[Watched, BiasSummary] = {}
+        self.concepts: dict[str, dict[Watched, BiasSummary]] = {}
 
     def load(self) -> None:
         """Load the independent judge, once."""
@@ -110,13 +113,13 @@ class BiasMonitor(EvaluationCallback):
 
     @override
     def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
-        self.metrics = {}
-        loaders = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
-        self.prompts = len(loaders)
+        self.metrics, self.prompts = {}, {}
+        self.count = len(trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders)
 
     @override
     @torch.no_grad()
     def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+        self.prompts.setdefault(batch.prompt.concept, set()).add(batch.index)
         for judge_name, judge in self.judges(module):
             for model, pictures in images.items():
                 verdict = judge(pictures)
@@ -124,16 +127,24 @@ class BiasMonitor(EvaluationCallback):
                     metric = self.metric((judge_name, attribute, model), judge).to(module.device)
                     metric.update(batch.index, verdict.classes(attribute), verdict.face)
 
-    def metric(self, key: tuple[str, str, str], judge: Judge) -> FairnessMetric:
+    def metric(self, key: Watched, judge: Judge) -> FairnessMetric:
         """The metric of a (judge, attribute, model), made on first use."""
         if key not in self.metrics:
-            self.metrics[key] = FairnessMetric(judge.classes(key[1]), self.prompts)
+            self.metrics[key] = FairnessMetric(judge.classes(key[1]), self.count)
         return self.metrics[key]
 
     @override
     def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
         self.summaries = {key: metric.compute() for key, metric in self.metrics.items()}
+        self.concepts = {
+            concept: {key: summary.of(sorted(prompts)) for key, summary in self.summaries.items()}
+            for concept, prompts in self.prompts.items()
+            if stage == "test" and len(self.prompts) > 1
+        }
         prefix = "" if stage == "validation" else "test_"
+        for attribute, shares in module.target_shares().items():
+            for name, share in shares.items():
+                module.log(f"{prefix}frequency_{attribute.replace(TIMES, '_')}/{name}_target", share, sync_dist=True)
         for (judge, attribute, model), summary in self.summaries.items():
             tag = attribute.replace(TIMES, "_")
             group = f"{prefix}bias_{tag}"

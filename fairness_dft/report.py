@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fairness_dft.attributes import TIMES
-from fairness_dft.metrics import BiasSummary, frequency_drift
+from fairness_dft.metrics import BiasSummary, Watched, frequency_drift
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and grey for "no face".
 PALETTE = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
@@ -83,9 +83,10 @@ def comparison_grid(rows: Sequence[GridRow], classes: Mapping[str, Sequence[str]
 def results(
     attributes: Sequence[str],
     target: dict[str, dict[str, float]],
-    summaries: dict[tuple[str, str, str], BiasSummary],
+    summaries: dict[Watched, BiasSummary],
     kept: dict[tuple[str, str], float],
     run: dict[str, object],
+    concepts: Mapping[str, dict[Watched, BiasSummary]] | None = None,
 ) -> dict[str, object]:
     """Everything that a test measured, as JSON knows it: None for NaN.
 
@@ -96,7 +97,25 @@ def results(
         summaries: by (judge, attribute, model).
         kept: means by (measure, model).
         run: facts of the run, such as steps, seconds, prompts and versions.
+        concepts: by concept and (judge, attribute, model), for prompts of several concepts.
     """
+    measures: dict[str, dict[str, float]] = {}
+    for (measure, model), value in kept.items():
+        measures.setdefault(measure, {})[model] = _known(value)
+    return {
+        "version": 2,
+        "attributes": list(attributes),
+        "target": target,
+        "bias": _nested(summaries),
+        "concepts": {concept: _nested(found) for concept, found in (concepts or {}).items()},
+        "kept": measures,
+        "run": run,
+        "note": "Attributes are perceived, as classifiers read pictures; no figure describes a person.",
+    }
+
+
+def _nested(summaries: Mapping[Watched, BiasSummary]) -> dict[str, dict[str, dict[str, object]]]:
+    """Summaries by judge, attribute and model, and the drift of each attribute."""
     bias: dict[str, dict[str, dict[str, object]]] = {}
     for (judge, name, model), summary in summaries.items():
         bias.setdefault(judge, {}).setdefault(name, {})[model] = summary.as_dict()
@@ -106,18 +125,7 @@ def results(
             if all(pair):
                 drift = frequency_drift(*(torch.tensor(summary.frequencies) for summary in pair))
                 models["drift"] = _known(drift)
-    measures: dict[str, dict[str, float]] = {}
-    for (measure, model), value in kept.items():
-        measures.setdefault(measure, {})[model] = _known(value)
-    return {
-        "version": 2,
-        "attributes": list(attributes),
-        "target": target,
-        "bias": bias,
-        "kept": measures,
-        "run": run,
-        "note": "Attributes are perceived, as classifiers read pictures; no figure describes a person.",
-    }
+    return bias
 
 
 def write_json(file: Path, content: dict[str, object]) -> None:
@@ -129,7 +137,7 @@ def write_json(file: Path, content: dict[str, object]) -> None:
 
 
 def print_results(content: dict, console: Console | None = None) -> None:
-    """Print the results as two short tables: bias before and after, and what was kept."""
+    """Print the results as short tables: bias before and after, by concept too, frequencies, and what was kept."""
     console = console or Console()
     table = Table(
         title=f"Bias on the test prompts (perceived attributes; aligned: {', '.join(content['attributes'])})",
@@ -151,6 +159,8 @@ def print_results(content: dict, console: Console | None = None) -> None:
                 _number(models.get("drift")),
             )
     console.print(table)
+    if content["concepts"]:
+        console.print(concept_table(content))
     console.print(frequency_table(content))
     kept = Table(title="What was kept")
     for column in ("measure", "before", "after"):
@@ -161,6 +171,25 @@ def print_results(content: dict, console: Console | None = None) -> None:
     without = [faces[model]["without_face"] / faces[model]["images"] for model in ("original", "ema")]
     kept.add_row("without a face", *(_number(share, 3) for share in without))
     console.print(kept)
+
+
+def concept_table(content: dict) -> Table:
+    """The bias of the aligned attributes, and of their product, on the prompts of each concept."""
+    table = Table(title="Bias by concept", caption="bias is against equal shares, whatever the target; ± over prompts")
+    aligned = dict.fromkeys((TIMES.join(content["attributes"]), *content["attributes"]))
+    for column in ("concept", "attribute", "judge", "before", "after", "95 % int.", "floor"):
+        left = column in ("concept", "attribute", "judge")
+        table.add_column(column, no_wrap=not left, justify="left" if left else "right")
+    for concept, judges in content["concepts"].items():
+        for name in aligned:
+            for judge, seen in judges.items():
+                if name in seen:
+                    before, after = seen[name]["original"], seen[name]["ema"]
+                    interval = f"{_number(after['low'])}–{_number(after['high'])}"
+                    biases = [f"{_number(side['bias'])}±{_number(side['spread'])}" for side in (before, after)]
+                    label = name.replace(TIMES, f" {TIMES} ")
+                    table.add_row(concept, label, judge, *biases, interval, _number(after["floor"]))
+    return table
 
 
 def frequency_table(content: dict) -> Table:

@@ -295,8 +295,11 @@ def save(cli: ClassifierCLI, figures: dict[str, Any]) -> None:
     """Write the classifier in Hugging Face's layout, its figures and its model card."""
     module, data, folder = cli.model, cli.datamodule, Path(cli.config.output)
     module.network.save_pretrained(folder, safe_serialization=True)
-    started = Path(module.backbone).name if resolve(module.backbone).is_dir() else module.backbone
-    arguments = {k: v for k, v in cli.config.data.init_args.items() if k not in ("folder", "workers")}
+    start = resolve(module.backbone)
+    random = not module.pretrained or (start.is_dir() and not any(start.glob("*.safetensors")))
+    started = None if random else start.name if start.is_dir() else module.backbone
+    hidden = ("folder", "workers", "classes")
+    arguments = {k: v for k, v in cli.config.data.init_args.items() if k not in hidden and v is not None}
     training = {k: v for k, v in cli.config.model.items() if k != "backbone"}
     settings = {**arguments, **training, "epochs": cli.trainer.current_epoch, "seed": cli.config.seed_everything}
     card = model_card(type(module.network).__name__, started, type(data).__name__, settings, figures)

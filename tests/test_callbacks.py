@@ -1,6 +1,7 @@
 """Monitors against what they claim to measure."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from fairness_dft.attributes import Attribute
 from fairness_dft.callbacks import AdapterAverage, AdapterCheckpoint, StepBar, Throughput
 from fairness_dft.classifiers import Judge, Verdict
 from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
+from fairness_dft.prompt_files import Prompt
+from fairness_dft.prompts import PromptBatch
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +208,31 @@ def test_a_lost_face_does_not_excuse_a_lost_occupation(monkeypatch):
     images = {"original": torch.zeros(4, 3, 8, 8), "ema": torch.ones(4, 3, 8, 8)}
     monitor.see(module, images, next(iter(prompts().test_dataloader())))
     assert monitor.metrics["occupation_kept", "ema"].compute() == 3 / 4  # of two with a face both, of all four three
+
+
+def test_concepts_are_counted_apart_and_together(monkeypatch):
+    monitor, module = BiasMonitor(attributes=()), finetuning(features=())
+    module.configure_model()
+    monkeypatch.setattr(module, "log", lambda *args, **settings: None)
+    images = {"original": torch.zeros(4, 3, 8, 8)}
+    shown = {"chef": [0, 0, 0, 0], "judge": [0, 0, 1, 0], "playing polo": [0, 1, 1, 0]}
+    for concepts in (("occupation", "occupation", "sport"), ("occupation",) * 3):
+        monitor.start(SimpleNamespace(test_dataloaders=range(3)), module, "test")
+        for index, (concept, (subject, classes)) in enumerate(zip(concepts, shown.items(), strict=True)):
+            logits = torch.nn.functional.one_hot(torch.tensor(classes), 2).float()
+            verdict = Verdict({"gender": logits}, torch.tensor([True] * 4), torch.zeros(4, 4))
+            monkeypatch.setattr(module.judge, "forward", lambda images, verdict=verdict: verdict)
+            batch = PromptBatch(prompt=Prompt(f"a {subject}", subject, concept), index=index, seeds=torch.arange(4))
+            monitor.see(module, images, batch)
+        monitor.finish(None, module, "test")
+        key = "training", "gender", "original"
+        assert monitor.summaries[key].bias == pytest.approx((1 + 0.5 + 0) / 3)
+        if len(set(concepts)) == 1:
+            assert monitor.concepts == {}
+        else:
+            found = {concept: summaries[key] for concept, summaries in monitor.concepts.items()}
+            assert {concept: summary.bias for concept, summary in found.items()} == {"occupation": 0.75, "sport": 0}
+            assert {concept: summary.prompts for concept, summary in found.items()} == {"occupation": 2, "sport": 1}
 
 
 def test_one_bar_counts_the_steps_of_the_whole_run_and_shows_the_bias(tmp_path, capsys):

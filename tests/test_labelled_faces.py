@@ -219,6 +219,18 @@ def test_bad_tables_are_refused_in_one_line(tmp_path: Path, text: str, message: 
     assert "\n" not in str(error.value)
 
 
+def test_heads_are_in_the_order_of_the_columns_whatever_the_first_row_knows(tmp_path: Path) -> None:
+    rows = ["file,split,gender,face", "0.png,train,,absent", "1.png,train,man,present", "2.png,train,woman,present"]
+    rows += ["3.png,validation,man,present"]
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    for i in range(4):
+        picture(tmp_path / f"{i}.png")
+    data = LabelledFolder(str(tmp_path))
+    data.read()
+    assert list(data.heads.items()) == [("gender", ("man", "woman")), ("face", ("absent", "present"))]
+    assert data.pictures["train"][0].labels == {"gender": UNKNOWN, "face": 0}
+
+
 def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     for data, message in (
         (FairFace(str(tmp_path / "missing")), "there is no folder"),

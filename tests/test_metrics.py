@@ -179,6 +179,7 @@ def test_summary_by_hand() -> None:
 def test_summary_survives_json() -> None:
     summary = summarize_bias(torch.tensor([[1, 3], [0, 0]]), torch.tensor([0, 2]), ("a", "b"))
     values = json.loads(json.dumps(summary.as_dict(), allow_nan=False))
+    assert values["counts"] == [[1, 3], [0, 0]] and values["faceless"] == [0, 2]
     assert values["bias"] == 0.5
     assert values["classes"] == ["a", "b"]
     assert values["per_prompt"] == [0.5, None]

@@ -147,6 +147,35 @@ def test_results_survive_the_way_to_the_file_and_back(tmp_path: Path) -> None:
     assert found["attributes"] == ["gender"] and found["run"] == {"steps": 3} and found["version"] == 2
 
 
+def test_concepts_have_their_own_figures(tmp_path: Path) -> None:
+    apart = {"occupation": ([[9, 0], [6, 4]], [[4, 5], [5, 5]]), "sport": ([[0, 8], [8, 0]], [[4, 4], [4, 4]])}
+    concepts = {concept: summaries(*sides) for concept, sides in apart.items()}
+    target = {"gender": {"man": 0.5, "woman": 0.5}}
+    found = results(["gender"], target, summaries([[5, 4], [5, 5]], [[5, 4], [5, 5]]), {}, {}, concepts)
+    file = tmp_path / "results.json"
+    write_json(file, found)
+    assert strictly(file.read_text(encoding="utf-8")) == found
+    gender = {concept: judges["independent"]["gender"] for concept, judges in found["concepts"].items()}
+    assert gender["occupation"]["original"]["bias"] == pytest.approx((1 + 0.2) / 2)
+    assert gender["sport"]["original"]["bias"] == 1 and gender["sport"]["ema"]["bias"] == 0
+    stream = io.StringIO()
+    print_results(found, Console(file=stream, width=200))
+    lines = stream.getvalue().split("Bias by concept")[1].split("Frequencies")[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert [row[:5] for row in rows] == [
+        [concept, "gender", judge, before, after]
+        for concept, before, after in (("occupation", "0.60±0.40", "0.06±0.06"), ("sport", "1.00±0.00", "0.00±0.00"))
+        for judge in ("training", "independent")
+    ]
+    assert "Bias by concept" not in printed(content([[9, 0], [6, 4]], [[4, 5], [5, 5]]))
+
+
+def printed(found: dict) -> str:
+    stream = io.StringIO()
+    print_results(found, Console(file=stream, width=200))
+    return stream.getvalue()
+
+
 def test_what_is_not_known_is_null(tmp_path: Path) -> None:
     found = content([[0, 0], [0, 0]], [[4, 5], [5, 5]], kept=math.nan)
     file = tmp_path / "results.json"

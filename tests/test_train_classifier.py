@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from fairness_dft.classifier_backbone import last_linear
-from fairness_dft.classifier_card import head_figures, temperature
+from fairness_dft.classifier_card import head_figures, model_card, temperature
 from fairness_dft.classifiers import ImageClassifier
 from fairness_dft.labelled_faces import UNKNOWN, LabelledFolder, Pictures
 from fairness_dft.portraits.draw import AGES, GENDERS, SKINS
@@ -170,6 +170,25 @@ def test_model_card_tells_figures_and_limits(trained: Path) -> None:
         for name, row in zip(sorted(NAMES[head]), values["confusion"], strict=True):
             assert f"| {name} | {' | '.join(map(str, row))} |" in card
     assert str(trained.parent.parent) not in (trained / "config.json").read_text()
+
+
+def test_heads_of_many_classes_are_summed_up() -> None:
+    many, few = [f"subject {i}" for i in range(30)], ["man", "woman"]
+    torch.manual_seed(0)
+    labels, genders = torch.arange(30).repeat(4), torch.randint(2, (120,))
+    logits = 9 * torch.nn.functional.one_hot(labels, 30).float()
+    logits[labels == 7] = logits[labels == 8]
+    heads = {
+        "subject": head_figures(logits, labels, many),
+        "gender": head_figures(torch.nn.functional.one_hot(genders, 2).float(), genders, few),
+    }
+    error = {name: values["calibration_error"] for name, values in heads.items()}
+    counts = {"train": 1, "validation": 2, "test": 120}
+    figures = {"split": "test", "pictures": counts, "heads": heads, "calibration_error_before": error}
+    figures["temperature"] = {"subject": 1.0, "gender": 1.0}
+    card = model_card("ResNet", None, "LabelledFolder", {}, figures)
+    assert "30 classes, least 0.000, of subject 7" in card and "subject 3" not in card
+    assert "| gender: label ↓ verdict → | man | woman |" in card and "from random weights" in card
 
 
 def test_loss_of_a_head_is_the_weighted_mean_over_known_labels() -> None:
