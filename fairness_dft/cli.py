@@ -122,15 +122,24 @@ class OneLineCLI(LightningCLI):
 class FairnessCLI(OneLineCLI):
     """Builds module, prompts, monitors and trainer from YAML files and flags; later ones win.
 
+    Args:
+        args: of the command line; those of the process by default.
+        command: the name of the module that is run.
+        module: what is built; with the settings of a finetuning.
+        example: arguments with which the command runs.
+
     Raises:
         ValueError: in one line, for any mistake in configuration, before a model is loaded.
     """
 
-    def __init__(self, args: ArgsType = None) -> None:
-        example = "--config experiments/quickstart.yaml"
-        super().__init__(
-            "fit", FairFinetuning, PromptModule, args, example, {"callbacks": [GracefulStop(), Dashboard()]}
-        )
+    def __init__(
+        self,
+        args: ArgsType = None,
+        command: str = "fit",
+        module: type[FairFinetuning] = FairFinetuning,
+        example: str = "--config experiments/quickstart.yaml",
+    ) -> None:
+        super().__init__(command, module, PromptModule, args, example, {"callbacks": [GracefulStop(), Dashboard()]})
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -259,7 +259,7 @@ class ImageGrid(EvaluationCallback):
         if len(self.rows) >= self.prompts or not module.trainer.is_global_zero:
             return
         row = GridRow(batch.prompt.text)
-        for model in ("original", "ema"):
+        for model in [model for model in ("original", "ema") if model in images]:
             pictures = images[model][: self.images]
             verdict = module.judge(pictures)
             classes = [verdict.classes(name).cpu() for name in module.attribute.names]

@@ -212,6 +212,9 @@ class PromptModule(LightningDataModule):
             fresh noise stays less fair. Fresh noise in every step if left out.
         seed: what the order of the prompts and the noise are derived from.
 
+    Attributes:
+        tested: the split that is tested, another than "test" for an audit; with as many images of a prompt as a test.
+
     Raises:
         ValueError: if a file is malformed or a number out of range.
     """
@@ -238,6 +241,7 @@ class PromptModule(LightningDataModule):
         self.limits = {"train": train_prompts, "validation": validation_prompts, "test": test_prompts}
         self.weights = [1] * len(files) if weights is None else weights
         self.seed = seed
+        self.tested = "test"
         _check_at_least(0, seed=seed)
         _check_at_least(1, noise_pool=noise_pool)
         _check_at_least(1, **{name: getattr(self, name) for name in IMAGES.values()})
@@ -315,8 +319,8 @@ class PromptModule(LightningDataModule):
 
     @override
     def test_dataloader(self) -> PromptLoader:
-        """Returns the test prompts."""
-        return PromptLoader(self.prompts("test"), "test", **self._loader_settings("test"))
+        """Returns the prompts of the split `tested`."""
+        return PromptLoader(self.prompts(self.tested), "test", **self._loader_settings("test"))
 
     def _loader_settings(self, split: str) -> dict[str, int]:
         settings = {"seed": self.seed, "images_per_prompt": getattr(self, IMAGES[split])}

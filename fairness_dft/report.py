@@ -1,10 +1,12 @@
 """What a run leaves behind: the before/after picture, results.json, and a table in the terminal."""
 
+import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -14,11 +16,25 @@ from torch import Tensor
 
 from fairness_dft.attributes import TIMES
 from fairness_dft.metrics import BiasSummary, Watched, frequency_drift
+from fairness_dft.prompt_files import Prompt
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and grey for "no face".
 PALETTE = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 NO_FACE = "#9A9A9A"
 TITLES = {"original": "before", "ema": "after", "trained": "after (not averaged)"}
+COLUMNS = (
+    "prompt",
+    "subject",
+    "concept",
+    "judge",
+    "attribute",
+    "model",
+    "class",
+    "images",
+    "frequency",
+    "bias",
+    "faceless",
+)
 TILE, BAR, GAP, MARGIN = 72, 8, 2, 24
 
 
@@ -136,6 +152,30 @@ def write_json(file: Path, content: dict[str, object]) -> None:
     draft.replace(file)
 
 
+def write_csv(file: Path, content: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
+    """Write what was seen of each prompt: a row for each judge, attribute, model and class.
+
+    Args:
+        file: where to.
+        content: of results.json.
+        prompts: in their order there.
+    """
+    draft = file.with_suffix(".part")
+    with draft.open("w", newline="", encoding="utf-8") as opened:
+        rows = csv.writer(opened)
+        rows.writerow(COLUMNS)
+        for judge, attributes in content["bias"].items():
+            for name, models in attributes.items():
+                for model in [model for model in TITLES if model in models]:
+                    seen = models[model]
+                    of_prompts = (seen["per_prompt"], seen["counts"], seen["faceless"])
+                    for prompt, bias, counts, faceless in zip(prompts, *of_prompts, strict=True):
+                        for kind, count in zip(seen["classes"], counts, strict=True):
+                            share = count / sum(counts) if sum(counts) else None
+                            rows.writerow([*prompt, judge, name, model, kind, count, share, bias, faceless])
+    draft.replace(file)
+
+
 def print_results(content: dict, console: Console | None = None) -> None:
     """Print the results as short tables: bias before and after, by concept too, frequencies, and what was kept."""
     console = console or Console()
@@ -148,14 +188,14 @@ def print_results(content: dict, console: Console | None = None) -> None:
         table.add_column(column, no_wrap=column != "attribute", justify="left" if left else "right")
     for judge, attributes in content["bias"].items():
         for name, models in attributes.items():
-            before, after = models["original"], models["ema"]
+            before, after = models["original"], models.get("ema")
+            last = after or before
             table.add_row(
                 name.replace(TIMES, f" {TIMES} "),  # where it may be broken
                 judge,
-                f"{_number(before['bias'])}±{_number(before['spread'])}",
-                f"{_number(after['bias'])}±{_number(after['spread'])}",
-                f"{_number(after['low'])}–{_number(after['high'])}",
-                _number(after["floor"]),
+                *map(_with_spread, (before, after)),
+                f"{_number(last['low'])}–{_number(last['high'])}",
+                _number(last["floor"]),
                 _number(models.get("drift")),
             )
     console.print(table)
@@ -168,7 +208,10 @@ def print_results(content: dict, console: Console | None = None) -> None:
     for measure, models in content["kept"].items():
         kept.add_row(measure, _number(models.get("original"), 3), _number(models.get("ema"), 3))
     faces = next(iter(next(iter(content["bias"].values())).values()))
-    without = [faces[model]["without_face"] / faces[model]["images"] for model in ("original", "ema")]
+    without = [
+        faces[model]["without_face"] / faces[model]["images"] if model in faces else None
+        for model in ("original", "ema")
+    ]
     kept.add_row("without a face", *(_number(share, 3) for share in without))
     console.print(kept)
 
@@ -184,11 +227,12 @@ def concept_table(content: dict) -> Table:
         for name in aligned:
             for judge, seen in judges.items():
                 if name in seen:
-                    before, after = seen[name]["original"], seen[name]["ema"]
-                    interval = f"{_number(after['low'])}–{_number(after['high'])}"
-                    biases = [f"{_number(side['bias'])}±{_number(side['spread'])}" for side in (before, after)]
+                    before, after = seen[name]["original"], seen[name].get("ema")
+                    last = after or before
+                    interval = f"{_number(last['low'])}–{_number(last['high'])}"
+                    biases = map(_with_spread, (before, after))
                     label = name.replace(TIMES, f" {TIMES} ")
-                    table.add_row(concept, label, judge, *biases, interval, _number(after["floor"]))
+                    table.add_row(concept, label, judge, *biases, interval, _number(last["floor"]))
     return table
 
 
@@ -204,8 +248,8 @@ def frequency_table(content: dict) -> Table:
             if name in seen:
                 # By name: another judge may have its classes in another order.
                 before, after = (
-                    dict(zip(seen[name][model]["classes"], seen[name][model]["frequencies"], strict=True))
-                    for model in ("original", "ema")
+                    dict(zip(side["classes"], side["frequencies"], strict=True)) if side else {}
+                    for side in (seen[name]["original"], seen[name].get("ema"))
                 )
                 for shown, share in content["target"][name].items():
                     table.add_row(name, shown, judge, *map(_number, (share, before.get(shown), after.get(shown))))
@@ -214,6 +258,10 @@ def frequency_table(content: dict) -> Table:
 
 def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _with_spread(side: Mapping[str, Any] | None) -> str:
+    return f"{_number(side['bias'])}±{_number(side['spread'])}" if side else "–"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

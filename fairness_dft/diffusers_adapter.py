@@ -1,0 +1,104 @@
+"""Adapters that are only looked at: any that diffusers loads, or none.
+
+Neither is trained. `ema` and `trained` are the same model, which differs from `original` by what the files hold.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from typing_extensions import override
+
+from fairness_dft.adapters import Adapter, Name
+from fairness_dft.diffusion import TextToImage
+from fairness_dft.loading import one_line, quiet
+
+LORA_NAME = "ema"
+
+
+class NoAdapter(Adapter):
+    """The original model alone."""
+
+    @override
+    def attach(self, model: TextToImage) -> None:
+        self.switch("original")
+
+    @override
+    def tensors(self, name: Name) -> dict[str, nn.Parameter]:
+        return {}
+
+    @override
+    def _activate(self, name: Name) -> None:
+        pass
+
+
+class DiffusersAdapter(NoAdapter):
+    """LoRA weights and textual inversions, such as `fairness_dft.export` and many trainers write.
+
+    The words of a textual inversion stand before every prompt but the empty one.
+
+    Args:
+        path: a safetensors file, or a folder with one or several.
+
+    Raises:
+        ValueError: if there is none, or one cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path).expanduser()
+        self.files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        if (self.path / "pytorch_lora_weights.safetensors").is_file():  # others are the same in another layout
+            known = ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
+            self.files = [file for file in self.files if file.name in known]
+        if not self.files:
+            raise ValueError(f"--adapter: {path!r} is no safetensors file, nor a folder with any")
+        self.lora = [file for file in self.files if any("lora" in key for key in keys(file))]
+        self.inversions = [file for file in self.files if file not in self.lora]
+
+    @override
+    def attach(self, model: TextToImage) -> None:
+        from diffusers import StableDiffusionPipeline
+
+        parts = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+        if missing := [part for part in parts if not hasattr(model, part)]:
+            raise ValueError(f"--adapter: the text-to-image model has no {missing[0]}, which diffusers' adapters need")
+        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        self._model, self._words = model, ""
+        known = set(model.tokenizer.get_vocab())
+        try:
+            with quiet():
+                self._pipeline = StableDiffusionPipeline(**{part: getattr(model, part) for part in parts}, **none)
+                for number, file in enumerate(self.lora):
+                    name = f"{LORA_NAME}{number}"
+                    self._pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+                for file in self.inversions:
+                    self._pipeline.load_textual_inversion(str(file.parent), weight_name=file.name)
+        except Exception as error:  # each layout raises its own
+            raise ValueError(f"--adapter: {str(self.path)!r} does not fit the model: {one_line(error)}") from error
+        if self.lora:
+            self._pipeline.set_adapters([f"{LORA_NAME}{number}" for number in range(len(self.lora))])
+        words = sorted(set(model.tokenizer.get_vocab()) - known, key=model.tokenizer.get_vocab().get)
+        self._words = "".join(f"{word} " for word in words)
+        model.requires_grad_(False)
+        self.switch("ema")
+
+    @override
+    def _activate(self, name: Name) -> None:
+        used = name != "original"
+        self._model.prefix = self._words if used else ""
+        if self.lora:
+            self._pipeline.enable_lora() if used else self._pipeline.disable_lora()
+
+
+def keys(file: Path) -> Sequence[str]:
+    """Names of the tensors of a safetensors file.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--adapter: {str(file)!r} could not be read: {one_line(error)}") from error

@@ -1,0 +1,138 @@
+"""Images of an audit on disk: one that was stopped goes on where it was, and images that others made are looked at.
+
+A folder has one folder for each model (`original`, `finetuned`), in it one for each prompt, and in it the images.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fairness_dft.face_bank import PICTURES
+from fairness_dft.loading import one_line
+
+FOLDERS = {"original": "original", "ema": "finetuned"}
+
+
+class ImageStore:
+    """Images that are made once: what is there is read, and what is made is written.
+
+    Args:
+        folder: where they lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def images(self, model: str, prompt: str, seeds: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """Images of one prompt, in steps of 1/255 whether they were read or made.
+
+        Args:
+            model: `original` or `ema`.
+            prompt: the text.
+            seeds: of their noise, with shape (n,).
+            make: makes the images of some seeds, with shape (m, 3, H, W), in [0, 1].
+
+        Returns:
+            Images with shape (n, 3, H, W), in [0, 1], on the device of the seeds.
+        """
+        folder = self.folder / FOLDERS[model] / directory(prompt)
+        files = [folder / f"{seed}.png" for seed in seeds.tolist()]
+        found = {file: read(file) for file in files if file.is_file()}
+        missing = [i for i, file in enumerate(files) if file not in found]
+        if missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            made = (make(seeds[missing]).float() * 255).round().byte().cpu()
+            for i, pixels in zip(missing, made, strict=True):
+                found[files[i]] = pixels
+                draft = files[i].with_suffix(".part")
+                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(draft, format="png")
+                draft.replace(files[i])
+        return torch.stack([found[file] for file in files]).to(seeds.device).float() / 255
+
+
+def directory(prompt: str) -> str:
+    """The folder of a prompt: its words, and a hash that tells it from others that begin alike."""
+    words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60]
+    return f"{words}_{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+
+
+def read(file: Path) -> Tensor:
+    """A picture, uint8 with shape (3, H, W).
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        with Image.open(file) as opened:
+            pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+    except Exception as error:  # each format raises its own
+        raise ValueError(
+            f"the picture {str(file)!r} cannot be read: {one_line(error)}; remove or replace it"
+        ) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class ImageFolder:
+    """Images that others made: a folder for each prompt, in it any pictures, all of one size.
+
+    Before and after are two such folders, `original` and `finetuned`, in one.
+
+    Args:
+        folder: where they lie; the name of a prompt's folder is its text, with spaces or with underscores for them.
+
+    Attributes:
+        models: which models made them, `original` alone or with `ema`.
+        prompts: their texts.
+
+    Raises:
+        ValueError: if there are no images, or the two models have not the same prompts with as many images each.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"--images: there is no folder {str(folder)!r}")
+        pair = all((folder / name).is_dir() for name in FOLDERS.values())
+        roots = {model: folder / name for model, name in FOLDERS.items()} if pair else {"original": folder}
+        self.files = {model: picture_files(root) for model, root in roots.items()}
+        self.models = list(self.files)
+        if not self.files["original"]:
+            raise ValueError(
+                f"--images: {str(folder)!r} has no pictures: it must hold a folder for each prompt, with pictures in it"
+            )
+        counts = [{prompt: len(files) for prompt, files in of.items()} for of in self.files.values()]
+        if any(count != counts[0] for count in counts):
+            odd = sorted(
+                prompt for prompt in counts[0].keys() | counts[-1] if counts[0].get(prompt) != counts[-1].get(prompt)
+            )
+            raise ValueError(
+                f"--images: before and after must have as many pictures of each prompt, but {odd[0]!r} has "
+                f"{counts[0].get(odd[0], 0)} and {counts[-1].get(odd[0], 0)}"
+            )
+        self.prompts = list(self.files["original"])
+
+    def images(self, model: str, prompt: str, numbers: Tensor) -> Tensor:
+        """Some images of a prompt by their numbers, with shape (n, 3, H, W), in [0, 1].
+
+        Raises:
+            ValueError: if one cannot be read, or they are not all of one size.
+        """
+        pictures = [read(self.files[model][prompt][number]) for number in numbers.tolist()]
+        if len({picture.shape for picture in pictures}) > 1:
+            raise ValueError(f"--images: the pictures of {prompt!r} must all have the same size")
+        return torch.stack(pictures).to(numbers.device).float() / 255
+
+
+def picture_files(root: Path) -> dict[str, list[Path]]:
+    """The pictures of each prompt's folder, sorted."""
+    found = {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+        if files:
+            found[re.sub(r"_[0-9a-f]{8}$", "", folder.name).replace("_", " ")] = files
+    return found
