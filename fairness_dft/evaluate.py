@@ -11,7 +11,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,20 +20,23 @@ from typing import Any, Literal
 import torch
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
 from fairness_dft.cli import FairnessCLI, run_main, writable
 from fairness_dft.diffusers_adapter import DiffusersAdapter, NoAdapter
 from fairness_dft.fit import PACKAGES
+from fairness_dft.html_report import Grid, html_report, write_html
 from fairness_dft.image_store import ImageFolder, ImageStore
 from fairness_dft.metrics import finite_sample_floor
 from fairness_dft.module import FairFinetuning
-from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
+from fairness_dft.monitors import BiasMonitor, QualityMonitor
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
-from fairness_dft.report import print_results, results, write_csv, write_json
+from fairness_dft.report import GridRow, GridSide, comparison_grid, print_results, results, write_csv, write_json
 
+PICTURED = 12  # images of a prompt in the report
 ENOUGH = 48  # images of a prompt; a fair model scores 0.12 of so many
 
 
@@ -187,10 +191,30 @@ def main(args: ArgsType = None) -> None:
     content = results(module.attribute.names, module.target_shares(), bias.summaries, kept, facts, bias.concepts)
     write_json(cli.folder / "results.json", content)
     write_csv(cli.folder / "per_prompt.csv", content, prompts)
+    settings = json.loads((cli.folder / "audit.json").read_text(encoding="utf-8")) | {"run": facts}
+    page = html_report(cli.config.name, content, settings, grids(module, list(loader or data.test_dataloader())))
+    write_html(cli.folder / "report.html", page)
     if not cli.config.keep_images and not loader:
         shutil.rmtree(cli.folder / "images")
     print_results(content)
-    print(f"Picture: {find[ImageGrid].file}\nResults: {cli.folder / 'results.json'} and per_prompt.csv")
+    print(f"Report:  {cli.folder / 'report.html'}\nResults: {cli.folder / 'results.json'} and per_prompt.csv")
+
+
+def grids(module: Audit, batches: Sequence[PromptBatch]) -> Grid:
+    """Draws the pictures of a prompt, by its index, as the training classifier sees them."""
+    classes = {name: module.judge.classes(name) for name in module.attribute.names}
+
+    @torch.no_grad()
+    def grid(index: int) -> Image.Image:
+        row = GridRow(batches[index].prompt.text)
+        few = replace(batches[index], seeds=batches[index].seeds[:PICTURED].to(module.device))
+        for model, images in module.test_step(few, index).items():
+            verdict = module.judge(images)
+            seen = torch.stack([verdict.classes(name) for name in classes], 1)
+            row.sides[model] = GridSide(images.cpu(), seen.cpu(), verdict.face.cpu())
+        return comparison_grid([row], classes)
+
+    return grid
 
 
 def warn_of_few_images(batches: Iterable[PromptBatch], processes: int) -> None:
