@@ -17,6 +17,7 @@ from torch import Tensor
 from fairness_dft.attributes import TIMES
 from fairness_dft.metrics import BiasSummary, Watched, frequency_drift
 from fairness_dft.prompt_files import Prompt
+from fairness_dft.significance import gap_without_chance, permutation_test, target_distance
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and grey for "no face".
 PALETTE = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
@@ -122,25 +123,36 @@ def results(
         "version": 2,
         "attributes": list(attributes),
         "target": target,
-        "bias": _nested(summaries),
-        "concepts": {concept: _nested(found) for concept, found in (concepts or {}).items()},
+        "bias": _nested(summaries, target),
+        "concepts": {concept: _nested(found, target) for concept, found in (concepts or {}).items()},
         "kept": measures,
         "run": run,
         "note": "Attributes are perceived, as classifiers read pictures; no figure describes a person.",
     }
 
 
-def _nested(summaries: Mapping[Watched, BiasSummary]) -> dict[str, dict[str, dict[str, object]]]:
-    """Summaries by judge, attribute and model, and the drift of each attribute."""
+def _nested(
+    summaries: Mapping[Watched, BiasSummary], target: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, dict[str, object]]]:
+    """Summaries by judge, attribute and model, with the gap that is not chance and the distance from the target.
+
+    Beside the models, each attribute has the drift of its frequencies and the p-value of the change of its bias.
+    """
     bias: dict[str, dict[str, dict[str, object]]] = {}
     for (judge, name, model), summary in summaries.items():
-        bias.setdefault(judge, {}).setdefault(name, {})[model] = summary.as_dict()
+        figures = {**summary.as_dict(), "gap": _known(gap_without_chance(summary.counts))}
+        if target.get(name, {}).keys() == set(summary.classes):
+            pooled = [sum(column) for column in zip(*summary.counts, strict=True)]
+            wanted = [target[name][kind] for kind in summary.classes]
+            figures |= {key: _known(value) for key, value in target_distance(pooled, wanted).items()}
+        bias.setdefault(judge, {}).setdefault(name, {})[model] = figures
     for judge, seen in bias.items():
         for name, models in seen.items():
             pair = [summaries.get((judge, name, model)) for model in ("original", "ema")]
             if all(pair):
                 drift = frequency_drift(*(torch.tensor(summary.frequencies) for summary in pair))
                 models["drift"] = _known(drift)
+                models["p_value"] = _known(permutation_test(pair[0].counts, pair[1].counts))
     return bias
 
 
@@ -257,7 +269,7 @@ def frequency_table(content: dict) -> Table:
 
 
 def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None
 
 
 def _with_spread(side: Mapping[str, Any] | None) -> str:

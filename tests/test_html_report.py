@@ -96,7 +96,7 @@ def test_tables_hold_the_figures() -> None:
         sides = [f"{side['bias']:.2f} ± {side['spread']:.2f}" for side in (before, after)]
         assert [
             "gender", judge, *sides, f"{after['low']:.2f} – {after['high']:.2f}", f"{after['floor']:.2f}",
-            f"{models['drift']:.2f}", "12.5 %",
+            f"{before['gap']:.2f} → {after['gap']:.2f}", f"{models['p_value']:.3f}", f"{models['drift']:.2f}", "12.5 %",
         ] in rows  # fmt: skip
     assert ["clip_t", "0.310", "0.300"] in rows
     assert ["clip_t", "0.310"] in Page(page(None)).cells

@@ -26,6 +26,7 @@ from fairness_dft.report import (
     results,
     write_json,
 )
+from fairness_dft.significance import permutation_test
 
 GREYS = (40, 90, 140, 190, 240)
 CLASSES = ("man", "woman")
@@ -143,6 +144,10 @@ def test_results_survive_the_way_to_the_file_and_back(tmp_path: Path) -> None:
             assert models["ema"]["bias"] == pytest.approx((1 / 9 + 0) / 2)
             assert models["drift"] == pytest.approx(15 / 19 - 9 / 19)
             assert models["original"]["without_face"] == 1
+            assert models["ema"]["gap"] == pytest.approx(0) and models["original"]["gap"] > 0.5
+            assert models["p_value"] == permutation_test([[9, 0], [6, 4]], [[4, 5], [5, 5]])
+            distance = (9 / 19 - 0.25) if attribute == "gender" else None
+            assert models["ema"].get("total_variation") == pytest.approx(distance)
     assert found["kept"] == {"clip_t": {"original": 0.31, "ema": 0.3}, "dino": {"ema": 0.9}}
     assert found["attributes"] == ["gender"] and found["run"] == {"steps": 3} and found["version"] == 2
 

@@ -1,0 +1,97 @@
+"""Statistics against exact enumeration, scipy, and values worked out by hand."""
+
+from itertools import product
+from math import comb
+
+import numpy as np
+import pytest
+from scipy.stats import entropy, hypergeom, multinomial
+
+from fairness_dft.significance import bias, gap_without_chance, permutation_test, target_distance
+
+
+def squared(counts: list[int]) -> float:
+    """What `gap_without_chance` averages for one prompt, also where it is negative."""
+    n = sum(counts)
+    shares = [count / n for count in counts]
+    pairs = [(a, b) for i, a in enumerate(shares) for b in shares[i + 1 :]]
+    return sum((n * (a - b) ** 2 - a - b) / (n - 1) for a, b in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize(("n", "p"), [(2, [0.5, 0.5]), (5, [0.9, 0.1]), (6, [0.25] * 4), (7, [0.6, 0.3, 0.1, 0.0])])
+def test_squared_gap_is_unbiased(n: int, p: list[float]) -> None:
+    """Its mean over all tables that can be drawn is the true one."""
+    tables = [table for table in product(range(n + 1), repeat=len(p)) if sum(table) == n]
+    law = multinomial(n, p)
+    mean = sum(law.pmf(table) * squared(list(table)) for table in tables)
+    pairs = [(a - b) ** 2 for i, a in enumerate(p) for b in p[i + 1 :]]
+    assert mean == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+
+
+def test_gap_without_chance_by_hand() -> None:
+    # (10 · .36 - 1) / 9 and (4 · 1 - 1) / 3
+    assert gap_without_chance([[8, 2], [0, 4]]) == pytest.approx(np.sqrt((2.6 / 9 + 1) / 2))
+    assert gap_without_chance([[8, 2], [0, 4], [1, 0], [0, 0]]) == gap_without_chance([[8, 2], [0, 4]])
+    assert gap_without_chance([[3, 1, 2]]) == pytest.approx(np.sqrt(max(squared([3, 1, 2]), 0)))
+    assert gap_without_chance([[5, 5], [3, 3]]) == 0
+    assert np.isnan(gap_without_chance([[1, 0], [0, 0]]))
+
+
+def test_permutation_test_is_the_hypergeometric_law() -> None:
+    """One prompt and two classes, where all ways to deal can be counted."""
+    before, after = [9, 1], [4, 6]
+    law = hypergeom(20, 13, 10)  # of 20 images 13 show the first class, and 10 are dealt to "after"
+    changes = {k: abs(2 * k / 10 - 1) - abs(2 * (13 - k) / 10 - 1) for k in range(3, 11)}
+    observed = abs(0.4 - 0.6) - abs(0.9 - 0.1)
+    exact = sum(law.pmf(k) for k, change in changes.items() if abs(change) >= abs(observed) - 1e-9)
+    assert permutation_test([before], [after], 20_000) == pytest.approx(exact, abs=0.01)
+
+
+def test_permutation_test_over_prompts_by_brute_force() -> None:
+    """All ways to deal the images of two prompts."""
+    before, after = [[3, 0], [2, 1]], [[1, 2], [1, 2]]
+    observed = bias(np.array(after)).sum() - bias(np.array(before)).sum()
+    total = extreme = 0
+    ways = [
+        [(k, comb(4, k) * comb(2, 3 - k)) for k in range(1, 4)],
+        [(k, comb(3, k) * comb(3, 3 - k)) for k in range(4)],
+    ]
+    for (k, many), (m, more) in product(*ways):
+        dealt = np.array([[k, 3 - k], [m, 3 - m]])
+        change = (bias(dealt) - bias(np.array([[4, 2], [3, 3]]) - dealt)).sum()
+        total += many * more
+        extreme += many * more * (abs(change) >= abs(observed) - 1e-9)
+    assert permutation_test(before, after, 20_000) == pytest.approx(extreme / total, abs=0.01)
+
+
+def test_permutation_test_at_its_ends() -> None:
+    random = np.random.default_rng(0)
+    fair = random.multinomial(40, [0.5, 0.5], size=30)
+    skewed = random.multinomial(40, [0.9, 0.1], size=30)
+    assert permutation_test(skewed, fair) == pytest.approx(1 / 2001)
+    assert permutation_test(fair, skewed) == pytest.approx(1 / 2001)
+    assert permutation_test(fair, fair) == 1
+    assert permutation_test([*skewed, [0, 0]], [*fair, [3, 4]]) == permutation_test(skewed, fair)
+    assert np.isnan(permutation_test([[0, 0]], [[1, 1]]))
+    with pytest.raises(ValueError, match="one shape"):
+        permutation_test([[1, 2]], [[1, 2, 3]])
+
+
+def test_under_the_null_small_values_are_rare() -> None:
+    random = np.random.default_rng(1)
+    values = [
+        permutation_test(*(random.multinomial(20, [0.8, 0.2], size=10) for _ in range(2)), permutations=200, seed=i)
+        for i in range(200)
+    ]
+    assert 0.01 < np.mean(np.array(values) <= 0.1) < 0.18
+
+
+def test_target_distance_is_scipys() -> None:
+    counts, target = [6, 3, 1], [0.25, 0.25, 0.5]
+    found = target_distance(counts, target)
+    assert found["kullback_leibler"] == pytest.approx(entropy([0.6, 0.3, 0.1], target))
+    assert found["total_variation"] == pytest.approx((0.35 + 0.05 + 0.4) / 2)
+    assert target_distance([5, 5], [0.5, 0.5]) == {"total_variation": 0, "kullback_leibler": 0}
+    assert target_distance([4, 0], [1.0, 0.0]) == {"total_variation": 0, "kullback_leibler": 0}
+    assert target_distance([4, 1], [1.0, 0.0])["kullback_leibler"] == float("inf")
+    assert np.isnan(target_distance([0, 0], [0.5, 0.5])["total_variation"])
