@@ -188,7 +188,9 @@ def main(args: ArgsType = None) -> None:
         "versions": {name: version(name) for name in PACKAGES},
     }
     bias, kept = find[BiasMonitor], find[QualityMonitor].values
-    content = results(module.attribute.names, module.target_shares(), bias.summaries, kept, facts, bias.concepts)
+    content = results(
+        module.attribute.names, module.target_shares(), bias.summaries, kept, facts, bias.concepts, bias.agreement
+    )
     write_json(cli.folder / "results.json", content)
     write_csv(cli.folder / "per_prompt.csv", content, prompts)
     settings = json.loads((cli.folder / "audit.json").read_text(encoding="utf-8")) | {"run": facts}

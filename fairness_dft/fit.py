@@ -65,7 +65,9 @@ def main(args: ArgsType = None) -> None:
     }
     bias = find[BiasMonitor]
     kept = find[QualityMonitor].values
-    content = results(module.attribute.names, module.target_shares(), bias.summaries, kept, run, bias.concepts)
+    content = results(
+        module.attribute.names, module.target_shares(), bias.summaries, kept, run, bias.concepts, bias.agreement
+    )
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(hyperparameters(cli.config), final_metrics(content))

@@ -5,6 +5,7 @@ prompts and noise; each has one concern.
 """
 
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from fairness_dft.attributes import TIMES, Attribute
-from fairness_dft.classifiers import Judge
+from fairness_dft.classifiers import Judge, Verdict
 from fairness_dft.features import Clip
 from fairness_dft.metrics import BiasSummary, FairnessMetric, Watched
 from fairness_dft.module import FairFinetuning
@@ -73,9 +74,12 @@ class BiasMonitor(EvaluationCallback):
         attributes: which attributes, or products such as gender×race, are watched besides the aligned ones; those
             that a judge does not read are left out.
         independent_judge: a face finder and classifier trained apart from those that training learns from.
+        other_judges: further ones, by name.
 
     Attributes:
         summaries: after an evaluation, a `BiasSummary` for each (judge, attribute, model).
+        agreement: after a test, for each (judge, other judge, attribute, model) the share of the images on which both
+            see a face that they read alike.
         concepts: after a test, the same for the prompts of each concept, where there are several.
     """
 
@@ -83,18 +87,24 @@ class BiasMonitor(EvaluationCallback):
         self,
         attributes: tuple[str, ...] = ("gender", "race", "age", "gender×race"),
         independent_judge: Judge | None = None,
+        other_judges: dict[str, Judge] | None = None,
     ) -> None:
+        if odd := {TRAINING, INDEPENDENT} & (other_judges or {}).keys():
+            raise ValueError(f"`other_judges` must have names of their own, but got {odd.pop()!r}")
         self.attributes = attributes
-        self.independent_judge = independent_judge
+        self.others = {INDEPENDENT: independent_judge} if independent_judge else {}
+        self.others |= other_judges or {}
         self.metrics: dict[Watched, FairnessMetric] = {}
         self.prompts: dict[str, set[int]] = {}  # indices by concept
         self.summaries: dict[Watched, BiasSummary] = {}
         self.concepts: dict[str, dict[Watched, BiasSummary]] = {}
+        self.same: dict[tuple[str, str, str, str], MeanMetric] = {}
+        self.agreement: dict[tuple[str, str, str, str], float] = {}
 
     def load(self) -> None:
-        """Load the independent judge, once."""
-        if self.independent_judge is not None:
-            self.independent_judge.load()
+        """Load the judges that training does not learn from, once."""
+        for judge in self.others.values():
+            judge.load()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -103,8 +113,8 @@ class BiasMonitor(EvaluationCallback):
     def judges(self, module: FairFinetuning) -> Iterator[tuple[str, Judge]]:
         """The judges by name, the training judge first."""
         yield TRAINING, module.judge
-        if self.independent_judge is not None:
-            yield INDEPENDENT, self.independent_judge.to(module.device)
+        for name, judge in self.others.items():
+            yield name, judge.to(module.device)
 
     def read_by(self, judge: Judge, aligned: Attribute) -> list[str]:
         """The watched attributes that a judge reads, the aligned ones first."""
@@ -113,19 +123,25 @@ class BiasMonitor(EvaluationCallback):
 
     @override
     def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
-        self.metrics, self.prompts = {}, {}
+        self.metrics, self.prompts, self.same = {}, {}, {}
         self.count = len(trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders)
 
     @override
     @torch.no_grad()
     def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
         self.prompts.setdefault(batch.prompt.concept, set()).add(batch.index)
-        for judge_name, judge in self.judges(module):
-            for model, pictures in images.items():
-                verdict = judge(pictures)
+        for model, pictures in images.items():
+            verdicts = {name: (judge, judge(pictures)) for name, judge in self.judges(module)}
+            for name, (judge, verdict) in verdicts.items():
                 for attribute in self.read_by(judge, module.attribute):
-                    metric = self.metric((judge_name, attribute, model), judge).to(module.device)
+                    metric = self.metric((name, attribute, model), judge).to(module.device)
                     metric.update(batch.index, verdict.classes(attribute), verdict.face)
+            for name, other in combinations(verdicts, 2):
+                for attribute in self.read_by(verdicts[name][0], module.attribute):
+                    if (same := read_alike(attribute, *verdicts[name], *verdicts[other])) is not None:
+                        key = name, other, attribute, model
+                        mean = self.same.setdefault(key, MeanMetric(nan_strategy="ignore")).to(module.device)
+                        mean.update(same.float())
 
     def metric(self, key: Watched, judge: Judge) -> FairnessMetric:
         """The metric of a (judge, attribute, model), made on first use."""
@@ -141,6 +157,8 @@ class BiasMonitor(EvaluationCallback):
             for concept, prompts in self.prompts.items()
             if stage == "test" and len(self.prompts) > 1
         }
+        if stage == "test":
+            self.agreement = {key: float(metric.compute()) for key, metric in self.same.items()}
         prefix = "" if stage == "validation" else "test_"
         for attribute, shares in module.target_shares().items():
             for name, share in shares.items():
@@ -157,7 +175,23 @@ class BiasMonitor(EvaluationCallback):
                 without = summary.without_face / max(summary.images, 1)
                 module.log(f"{prefix}faces/without_face_{model}", without, sync_dist=True)
             else:
-                module.log(f"{group}/{model}_independent", summary.bias, sync_dist=True)
+                module.log(f"{group}/{model}_{judge}", summary.bias, sync_dist=True)
+
+
+def read_alike(attribute: str, judge: Judge, verdict: Verdict, other: Judge, another: Verdict) -> Tensor | None:
+    """Whether two judges read the same class, for the images on which both see a face.
+
+    Returns:
+        bool with shape (n,); None if one does not read the attribute, or has other classes.
+    """
+    if not (judge.reads(attribute) and other.reads(attribute)):
+        return None
+    classes, others = judge.classes(attribute), other.classes(attribute)
+    if set(classes) != set(others):
+        return None
+    place = torch.tensor([classes.index(name) for name in others], device=verdict.face.device)
+    both = verdict.face & another.face
+    return (verdict.classes(attribute) == place[another.classes(attribute)])[both]
 
 
 class QualityMonitor(EvaluationCallback):

@@ -104,6 +104,7 @@ def results(
     kept: dict[tuple[str, str], float],
     run: dict[str, object],
     concepts: Mapping[str, dict[Watched, BiasSummary]] | None = None,
+    agreement: Mapping[tuple[str, str, str, str], float] | None = None,
 ) -> dict[str, object]:
     """Everything that a test measured, as JSON knows it: None for NaN.
 
@@ -115,7 +116,11 @@ def results(
         kept: means by (measure, model).
         run: facts of the run, such as steps, seconds, prompts and versions.
         concepts: by concept and (judge, attribute, model), for prompts of several concepts.
+        agreement: by (judge, other judge, attribute, model), the share of images that both read alike.
     """
+    alike: dict[str, dict[str, dict[str, float | None]]] = {}
+    for (judge, other, name, model), share in (agreement or {}).items():
+        alike.setdefault(f"{judge}, {other}", {}).setdefault(name, {})[model] = _known(share)
     measures: dict[str, dict[str, float]] = {}
     for (measure, model), value in kept.items():
         measures.setdefault(measure, {})[model] = _known(value)
@@ -125,10 +130,36 @@ def results(
         "target": target,
         "bias": _nested(summaries, target),
         "concepts": {concept: _nested(found, target) for concept, found in (concepts or {}).items()},
+        "agreement": alike,
+        "only_training": only_training(summaries),
         "kept": measures,
         "run": run,
         "note": "Attributes are perceived, as classifiers read pictures; no figure describes a person.",
     }
+
+
+def only_training(summaries: Mapping[Watched, BiasSummary]) -> dict[str, dict[str, float | None]]:
+    """The share of each improvement that only the training classifier sees, which measures how far it was fooled.
+
+    Args:
+        summaries: by (judge, attribute, model), the training judge first.
+
+    Returns:
+        For each other judge and attribute (d - d') / d, where d and d' are by how much the bias fell by the training
+        judge and by the other: 0 if both see the same, 1 if the other sees nothing of it; None where it did not fall.
+    """
+    fell = {
+        (judge, name): before.bias - summaries[judge, name, "ema"].bias
+        for (judge, name, model), before in summaries.items()
+        if model == "original" and (judge, name, "ema") in summaries
+    }
+    first = next((judge for judge, _ in fell), None)
+    found: dict[str, dict[str, float | None]] = {}
+    for (judge, name), other in fell.items():
+        own = fell.get((first, name), 0.0)
+        if judge != first:
+            found.setdefault(judge, {})[name] = _known((own - other) / own) if own > 0 else None
+    return found
 
 
 def _nested(

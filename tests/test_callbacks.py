@@ -97,7 +97,7 @@ def test_bias_counts_what_the_judges_say(run):
     summaries = monitors[1].summaries
     assert {key[0] for key in summaries} == {"training", "independent"}
     assert {key[1] for key in summaries} == {"gender", "race", "age", "gender×race"}
-    for name, other in (("training", module.judge), ("independent", monitors[1].independent_judge)):
+    for name, other in (("training", module.judge), ("independent", monitors[1].others["independent"])):
         counts = np.zeros((2, 2))
         for batch in data.test_dataloader():
             images = module.compare(batch, ("ema",))["ema"]
@@ -233,6 +233,39 @@ def test_concepts_are_counted_apart_and_together(monkeypatch):
             found = {concept: summaries[key] for concept, summaries in monitor.concepts.items()}
             assert {concept: summary.bias for concept, summary in found.items()} == {"occupation": 0.75, "sport": 0}
             assert {concept: summary.prompts for concept, summary in found.items()} == {"occupation": 2, "sport": 1}
+
+
+def test_judges_that_read_alike_are_counted_by_the_names_of_classes(monkeypatch):
+    """Three judges, one of them with its classes in another order, one without the attribute."""
+    module = finetuning(features=())
+    module.configure_model()
+    monkeypatch.setattr(module, "log", lambda *args, **settings: None)
+    third, fourth = judge("evaluation"), judge("evaluation")
+    monitor = BiasMonitor(attributes=(), independent_judge=judge("evaluation"), other_judges={"a": third, "b": fourth})
+    monitor.load()
+    seen = {
+        "training": (("man", "woman"), [0, 0, 1, 1], [True, True, True, False]),
+        "independent": (("man", "woman"), [0, 1, 1, 0], [True] * 4),
+        "a": (("woman", "man"), [1, 1, 0, 0], [True] * 4),
+        "b": (("young", "old"), [0, 0, 0, 0], [True] * 4),
+    }
+    for name, reader in monitor.judges(module):
+        classes, verdicts, faces = seen[name]
+        logits = {"gender": torch.nn.functional.one_hot(torch.tensor(verdicts), 2).float()}
+        verdict = Verdict(logits, torch.tensor(faces), torch.zeros(4, 4))
+        monkeypatch.setattr(reader, "forward", lambda images, verdict=verdict: verdict)
+        monkeypatch.setattr(reader, "classes", lambda attribute, classes=classes: classes)
+    monitor.start(SimpleNamespace(test_dataloaders=range(1)), module, "test")
+    batch = PromptBatch(prompt=Prompt("a chef", "chef", "occupation"), index=0, seeds=torch.arange(4))
+    monitor.see(module, {"original": torch.zeros(4, 3, 8, 8)}, batch)
+    monitor.finish(None, module, "test")
+    assert monitor.agreement == {
+        ("training", "independent", "gender", "original"): pytest.approx(2 / 3),
+        ("training", "a", "gender", "original"): 1,
+        ("independent", "a", "gender", "original"): 0.5,
+    }
+    with pytest.raises(ValueError, match="must have names of their own, but got 'training'"):
+        BiasMonitor(other_judges={"training": third})
 
 
 def test_one_bar_counts_the_steps_of_the_whole_run_and_shows_the_bias(tmp_path, capsys):

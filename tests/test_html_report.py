@@ -34,7 +34,8 @@ def content(after: list[list[int]] | None = AFTER) -> dict:
                 summaries[judge, "gender", model] = summarize_bias(table, faceless, classes)
     kept = {("clip_t", "original"): 0.31, ("clip_t", "ema"): 0.3} if after else {("clip_t", "original"): 0.31}
     target = {"gender": {"man": 0.25, "woman": 0.75}}
-    return results(["gender"], target, summaries, kept, {"test_prompts": PROMPTS}, {})
+    agreement = {("training", "independent", "gender", model): 0.9 for model in ("original", "ema")}
+    return results(["gender"], target, summaries, kept, {"test_prompts": PROMPTS}, {}, agreement)
 
 
 class Page(HTMLParser):
@@ -99,6 +100,7 @@ def test_tables_hold_the_figures() -> None:
             f"{before['gap']:.2f} → {after['gap']:.2f}", f"{models['p_value']:.3f}", f"{models['drift']:.2f}", "12.5 %",
         ] in rows  # fmt: skip
     assert ["clip_t", "0.310", "0.300"] in rows
+    assert ["training, independent", "gender", "0.900", "0.900", "0.00"] in rows
     assert ["clip_t", "0.310"] in Page(page(None)).cells
 
 

@@ -152,6 +152,29 @@ def test_results_survive_the_way_to_the_file_and_back(tmp_path: Path) -> None:
     assert found["attributes"] == ["gender"] and found["run"] == {"steps": 3} and found["version"] == 2
 
 
+def test_what_only_the_training_classifier_sees() -> None:
+    sides = {"original": [[10, 0], [0, 10]], "ema": [[5, 5], [5, 5]]}
+    fooled = {"original": [[10, 0], [0, 10]], "ema": [[9, 1], [2, 8]]}
+    none = torch.tensor([0, 0])
+    summaries = {
+        (judge, "gender", model): summarize_bias(torch.tensor(counts), none, CLASSES)
+        for judge, of in (("training", sides), ("independent", fooled), ("same", sides))
+        for model, counts in of.items()
+    }
+    agreement = {("training", "independent", "gender", "ema"): 0.7}
+    found = results(["gender"], {}, summaries, {}, {}, agreement=agreement)
+    assert found["agreement"] == {"training, independent": {"gender": {"ema": 0.7}}}
+    assert found["only_training"] == {"independent": {"gender": pytest.approx(0.7)}, "same": {"gender": 0}}
+    worse = {key: summary for key, summary in summaries.items() if key[0] != "training"}
+    worse |= {
+        ("training", "gender", model): summarize_bias(torch.tensor([[5, 5]]), none[:1], CLASSES) for model in sides
+    }
+    first = {key: worse[key] for key in sorted(worse, key=lambda key: key[0] != "training")}
+    assert results(["gender"], {}, first, {}, {})["only_training"]["independent"] == {"gender": None}
+    alone = {key: summary for key, summary in summaries.items() if key[2] == "original"}
+    assert results(["gender"], {}, alone, {}, {})["only_training"] == {}
+
+
 def test_concepts_have_their_own_figures(tmp_path: Path) -> None:
     apart = {"occupation": ([[9, 0], [6, 4]], [[4, 5], [5, 5]]), "sport": ([[0, 8], [8, 0]], [[4, 4], [4, 4]])}
     concepts = {concept: summaries(*sides) for concept, sides in apart.items()}
