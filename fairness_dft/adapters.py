@@ -41,11 +41,13 @@ class Adapter(ABC):
 
     Attributes:
         active: The name of the model in use.
+        scalable: Whether it can be applied more or less strongly.
         file: The name of its exported file; of a combination, each part has its own.
         learning_rate: Its own learning rate; None for that of the run.
     """
 
     active: Name = "trained"
+    scalable = False
     file: str
     learning_rate: float | None = None
 
@@ -130,7 +132,7 @@ class Adapter(ABC):
             name: Which of the two.
 
         Raises:
-            ValueError: If the adapter is not one whose strength can be changed, and `scale` is not 1.
+            ValueError: If the adapter is not `scalable`, and `scale` is not 1.
         """
         if scale != 1:
             raise ValueError(f"{type(self).__name__} has no strength to change: leave the scale at 1")
@@ -241,6 +243,7 @@ class LoRA(Adapter):
     """
 
     file = "pytorch_lora_weights.safetensors"
+    scalable = True
     component: str
     modules: Sequence[str]
     factors = ("lora_A", "lora_B")
@@ -373,6 +376,11 @@ class Combined(Adapter):
     @override
     def parts(self) -> Sequence[Adapter]:
         return self._parts
+
+    @property
+    @override
+    def scalable(self) -> bool:
+        return all(part.scalable for part in self.parts)
 
     @override
     def attach(self, model: TextToImage) -> None:

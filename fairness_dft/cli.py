@@ -250,7 +250,9 @@ def way_out(message: str, options: Iterable[str], example: str) -> str:
         parents = getattr(locate(classes[-1]), "__mro__", ())
         options, dashes = {option for parent in parents for option in signature(parent.__init__).parameters}, ""
     close = get_close_matches(name, set(options) - {name}, n=1)
-    return f"; did you mean {dashes}{close[0]}?" if close else "; --print_config shows what there is"
+    if close:
+        return f"; did you mean {dashes}{close[0]}?"
+    return f"; --{'print_config' if 'print_config' in options else 'help'} shows what there is"
 
 
 def resumable(file: Path) -> None:

@@ -4,17 +4,17 @@ Neither is trained. `ema` and `trained` are the same model, which differs from `
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from typing_extensions import override
 
-from fairness_dft.adapters import Adapter, Name
+from fairness_dft.adapters import Adapter, LoRA, Name
 from fairness_dft.diffusion import TextToImage
-from fairness_dft.loading import one_line, quiet
-
-LORA_NAME = "ema"
+from fairness_dft.loading import one_line, quiet, resolve
+from fairness_dft.prompt_prefix import PromptPrefix
 
 
 class NoAdapter(Adapter):
@@ -39,21 +39,26 @@ class DiffusersAdapter(NoAdapter):
     The words of a textual inversion stand before every prompt but the empty one.
 
     Args:
-        path: a safetensors file, or a folder with one or several.
+        path: a safetensors file, or a folder with a LoRA, textual inversions, or both.
 
     Raises:
-        ValueError: if there is none, or one cannot be read.
+        ValueError: if there is none, there are several LoRAs, or one cannot be read.
     """
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path).expanduser()
+        self.path = resolve(path)
         self.files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
-        if (self.path / "pytorch_lora_weights.safetensors").is_file():  # others are the same in another layout
-            known = ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
-            self.files = [file for file in self.files if file.name in known]
+        if (self.path / LoRA.file).is_file():  # others are the same in another layout
+            self.files = [file for file in self.files if file.name in (LoRA.file, PromptPrefix.file)]
         if not self.files:
-            raise ValueError(f"--adapter: {path!r} is no safetensors file, nor a folder with any")
+            raise ValueError(
+                f"--adapter: {path!r} is no safetensors file, nor a folder with any; what lies on the Hugging Face hub "
+                "comes by `hf download`"
+            )
         self.lora = [file for file in self.files if any("lora" in key for key in keys(file))]
+        if len(self.lora) > 1:
+            names = ", ".join(file.name for file in self.lora)
+            raise ValueError(f"--adapter: {path!r} holds several LoRAs ({names}): name one of these files")
         self.inversions = [file for file in self.files if file not in self.lora]
 
     @override
@@ -64,24 +69,23 @@ class DiffusersAdapter(NoAdapter):
         if missing := [part for part in parts if not hasattr(model, part)]:
             raise ValueError(f"--adapter: the text-to-image model has no {missing[0]}, which diffusers' adapters need")
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        self._model, self._words = model, ""
+        self._model = model
         known = set(model.tokenizer.get_vocab())
+        own = {part: getattr(model, part) for part in parts} | {"scheduler": deepcopy(model.scheduler)}  # it is changed
         try:
             with quiet():
-                self._pipeline = StableDiffusionPipeline(**{part: getattr(model, part) for part in parts}, **none)
-                for number, file in enumerate(self.lora):
-                    name = f"{LORA_NAME}{number}"
-                    self._pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+                self._pipeline = StableDiffusionPipeline(**own, **none)
+                for file in self.lora:
+                    self._pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="ema")
+                    self._pipeline.set_adapters("ema")
                 for file in self.inversions:
                     self._pipeline.load_textual_inversion(str(file.parent), weight_name=file.name)
         except Exception as error:  # each layout raises its own
             raise ValueError(f"--adapter: {str(self.path)!r} does not fit the model: {one_line(error)}") from error
-        if self.lora:
-            self._pipeline.set_adapters([f"{LORA_NAME}{number}" for number in range(len(self.lora))])
         words = sorted(set(model.tokenizer.get_vocab()) - known, key=model.tokenizer.get_vocab().get)
         self._words = "".join(f"{word} " for word in words)
-        model.requires_grad_(False)
         self.switch("ema")
+        model.requires_grad_(False)
 
     @override
     def _activate(self, name: Name) -> None:

@@ -11,96 +11,41 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from PIL import Image
-from torch import Tensor
 from typing_extensions import override
 
+from fairness_dft.audit import Audit, FolderPrompts, grids
 from fairness_dft.cli import FairnessCLI, run_main, writable
 from fairness_dft.diffusers_adapter import DiffusersAdapter, NoAdapter
 from fairness_dft.fit import PACKAGES
-from fairness_dft.html_report import Grid, html_report, write_html
+from fairness_dft.html_report import html_report, shown_judge, write_html
 from fairness_dft.image_store import ImageFolder, ImageStore
 from fairness_dft.metrics import finite_sample_floor
-from fairness_dft.module import FairFinetuning
 from fairness_dft.monitors import BiasMonitor, QualityMonitor
 from fairness_dft.prompt_files import Prompt
-from fairness_dft.prompts import PromptBatch
-from fairness_dft.report import GridRow, GridSide, comparison_grid, print_results, results, write_csv, write_json
+from fairness_dft.report import print_results
+from fairness_dft.results import results, write_csv, write_json
 
-PICTURED = 12  # images of a prompt in the report
-ENOUGH = 48  # images of a prompt; a fair model scores 0.12 of so many
-
-
-class Audit(FairFinetuning):
-    """A model that is looked at, or images that others made.
-
-    Attributes:
-        source: where images come from.
-    """
-
-    source: ImageStore | ImageFolder
-
-    @override
-    def configure_model(self) -> None:
-        if isinstance(self.source, ImageStore):
-            return super().configure_model()
-        if not self.loaded:
-            self.judge.load()
-            self.distributions = self.attribute.distributions(
-                {name: self.judge.classes(name) for name in self.attribute.names}
-            )
-            for network in self.features:
-                network.load()
-            self.loaded = True
-
-    @property
-    def models(self) -> list[str]:
-        """Which models are looked at: `original`, and `ema` where there is an adapter or a pair of folders."""
-        if isinstance(self.source, ImageFolder):
-            return self.source.models
-        return ["original"] if type(self.adapter) is NoAdapter else ["original", "ema"]
-
-    @override
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
-        if isinstance(self.source, ImageFolder):
-            return {model: self.source.images(model, batch.prompt.text, batch.seeds) for model in self.models}
-        return {
-            model: self.source.images(model, batch.prompt.text, batch.seeds, self.maker(model, batch))
-            for model in self.models
-        }
-
-    def maker(self, model: str, batch: PromptBatch) -> Any:
-        """Makes images of the batch's prompt from some seeds, as a finetuning is tested."""
-
-        def make(seeds: Tensor) -> Tensor:
-            few = PromptBatch(prompt=batch.prompt, index=batch.index, seeds=seeds)
-            return self.compare(few, (model,))[model]
-
-        return make
-
-
-class FolderPrompts:
-    """The prompts of an `ImageFolder`, with the numbers of their images for seeds."""
-
-    def __init__(self, folder: ImageFolder) -> None:
-        self.folder = folder
-
-    def __len__(self) -> int:
-        return len(self.folder.prompts)
-
-    def __iter__(self) -> Iterator[PromptBatch]:
-        for index, text in enumerate(self.folder.prompts):
-            numbers = torch.arange(len(self.folder.files["original"][text]))
-            yield PromptBatch(prompt=Prompt(text, text, "images"), index=index, seeds=numbers)
+# Settings that an audit's images, and then its figures, depend on.
+DECIDING = ("seed_everything", "split", "images", "trainer.precision", "model.generator", "model.evaluation_sampler")
+DECIDING += (
+    "model.sampler",
+    "data",
+    "model.judge",
+    "model.attribute",
+    "model.features",
+    "bias_monitor",
+    "quality_monitor",
+)
+FREE = ("model.judge", "model.attribute", "model.features", "bias_monitor", "quality_monitor")
+FREE += ("data.init_args.test_prompts", "data.init_args.test_images_per_prompt")
+ENOUGH = 48  # images of a prompt; a fair model scores 0.11 of so many
 
 
 class EvaluateCLI(FairnessCLI):
@@ -136,6 +81,12 @@ class EvaluateCLI(FairnessCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        if self.config.ckpt_path is not None:
+            raise ValueError(
+                "--ckpt_path: an audit looks at adapters: give --adapter runs/NAME/version_N/adapters/…/ema"
+            )
+        if self.config.trainer.limit_test_batches not in (None, 1.0):
+            raise ValueError("--trainer.limit_test_batches: use --data.init_args.test_prompts for fewer prompts")
         writable(self.folder)
         self.save_config_kwargs["overwrite"] = True  # an audit that goes on has its settings already
 
@@ -159,30 +110,36 @@ def main(args: ArgsType = None) -> None:
     module.adapter = DiffusersAdapter(cli.config.adapter) if cli.config.adapter else NoAdapter()
     if cli.config.images:
         if cli.config.adapter or trainer.world_size > 1:
-            raise ValueError("--images: goes with one process and without --adapter, since nothing is drawn")
+            raise ValueError("--images: goes without --adapter, and with --trainer.devices=1, since nothing is drawn")
         module.source = ImageFolder(Path(cli.config.images))
         loader: Any = FolderPrompts(module.source)
+        prompts = [Prompt(text, text, "images") for text in module.source.prompts]
+        few = min(len(files) for files in module.source.files["original"].values())
     else:
         data.tested = cli.config.split
         data.check([data.tested], trainer.world_size)
         module.generator.check()
         module.source = ImageStore(cli.folder / "images")
-        loader = None
-    begin(cli)
+        loader, prompts, few = None, data.prompts(data.tested), data.test_images_per_prompt
     if trainer.is_global_zero:
-        warn_of_few_images(loader or data.test_dataloader(), trainer.world_size)
+        begin(cli)
+        warn_of_few_images(few)
     for monitor in (find[BiasMonitor], find[QualityMonitor]):
         monitor.load()
     module.configure_model()
+    if trainer.is_global_zero and not loader:
+        warn_of_long_prompts(module, prompts)
     started = time.monotonic()
     trainer.test(module, dataloaders=loader, datamodule=None if loader else data, verbose=False)
     if not trainer.is_global_zero:
         return
-    prompts = [batch.prompt for batch in loader] if loader else data.prompts(data.tested)
     facts = {
         "seconds": round(time.monotonic() - started, 1),
         "adapter": cli.config.adapter,
+        "images": cli.config.images,
         "split": None if loader else data.tested,
+        "images_per_prompt": few,
+        "other_targets": list(module.attribute.targets),
         "test_prompts": [prompt.text for prompt in prompts],
         "machine": platform.platform(),
         "versions": {name: version(name) for name in PACKAGES},
@@ -193,8 +150,10 @@ def main(args: ArgsType = None) -> None:
     )
     write_json(cli.folder / "results.json", content)
     write_csv(cli.folder / "per_prompt.csv", content, prompts)
-    settings = json.loads((cli.folder / "audit.json").read_text(encoding="utf-8")) | {"run": facts}
-    page = html_report(cli.config.name, content, settings, grids(module, list(loader or data.test_dataloader())))
+    shown = dict(bias.judges(module))[shown_judge(content)]
+    made = {key: facts[key] for key in ("adapter", "images", "split", "machine", "versions")}
+    settings = json.dumps(made, indent=1) + "\n\n" + (cli.folder / "config.yaml").read_text(encoding="utf-8")
+    page = html_report(cli.config.name, content, settings, grids(module, shown, loader or data.test_dataloader()))
     write_html(cli.folder / "report.html", page)
     if not cli.config.keep_images and not loader:
         shutil.rmtree(cli.folder / "images")
@@ -202,69 +161,66 @@ def main(args: ArgsType = None) -> None:
     print(f"Report:  {cli.folder / 'report.html'}\nResults: {cli.folder / 'results.json'} and per_prompt.csv")
 
 
-def grids(module: Audit, batches: Sequence[PromptBatch]) -> Grid:
-    """Draws the pictures of a prompt, by its index, as the training classifier sees them."""
-    classes = {name: module.judge.classes(name) for name in module.attribute.names}
-
-    @torch.no_grad()
-    def grid(index: int) -> Image.Image:
-        row = GridRow(batches[index].prompt.text)
-        few = replace(batches[index], seeds=batches[index].seeds[:PICTURED].to(module.device))
-        for model, images in module.test_step(few, index).items():
-            verdict = module.judge(images)
-            seen = torch.stack([verdict.classes(name) for name in classes], 1)
-            row.sides[model] = GridSide(images.cpu(), seen.cpu(), verdict.face.cpu())
-        return comparison_grid([row], classes)
-
-    return grid
-
-
-def warn_of_few_images(batches: Iterable[PromptBatch], processes: int) -> None:
-    """Tell who looks at few images how little they can say, and how many say more."""
-    images = min(len(batch.seeds) for batch in batches) * processes
+def warn_of_few_images(images: int) -> None:
+    """Tell who looks at few images of a prompt how little they can say, and how many say more."""
     floor, more = (float(finite_sample_floor(count, 2)) for count in (images, ENOUGH))
     if images < ENOUGH:
         print(
             f"warning: of {images} images a prompt, a perfectly fair model would score {floor:.2f} for two classes by "
-            f"chance; {ENOUGH} images bring that to {more:.2f} (--data.init_args.test_images_per_prompt)",
+            f"chance; {ENOUGH} images bring that to {more:.2f}",
+            file=sys.stderr,
+        )
+
+
+def warn_of_long_prompts(module: Audit, prompts: Sequence[Prompt]) -> None:
+    """Tell of prompts whose end the text encoder does not read."""
+    cut = [(prompt.text, unread) for prompt in prompts if (unread := module.generator.unread(prompt.text))]
+    if cut:
+        print(
+            f"warning: the text encoder does not read the end of {len(cut)} prompts: {cut[0][1]!r} of {cut[0][0]!r}",
             file=sys.stderr,
         )
 
 
 def begin(cli: EvaluateCLI) -> None:
-    """Write down what the audit's images depend on, or check that it is what is there already.
+    """Write down what the audit depends on, or check that it is what is there already.
+
+    Of an audit without results, more prompts or images may be asked for, and other judges.
 
     Raises:
-        ValueError: if the folder holds an audit with other settings.
+        ValueError: if the folder holds an audit with other settings, or something else.
     """
-    keys = (
-        "seed_everything",
-        "split",
-        "images",
-        "model.generator",
-        "model.evaluation_sampler",
-        "model.sampler",
-        "data",
-    )
-    given = {key: cli.config.get(key) for key in keys}
-    given = json.loads(
-        json.dumps(given, default=lambda value: value.as_dict() if hasattr(value, "as_dict") else str(value))
-    )
-    adapter = cli.model.adapter
-    if isinstance(adapter, DiffusersAdapter):
-        given["adapter"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in adapter.files}
+    given = dict(flat(json.loads(json.dumps({key: cli.config.get(key) for key in DECIDING}, default=plain))))
+    if isinstance(cli.model.adapter, DiffusersAdapter):
+        given |= {f"adapter.{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in cli.model.adapter.files}
     file = cli.folder / "audit.json"
     if file.is_file():
         there = json.loads(file.read_text(encoding="utf-8"))
-        if odd := [key for key in {**there, **given} if there.get(key) != given.get(key)]:
+        finished = (cli.folder / "results.json").is_file()
+        odd = [key for key in {**there, **given} if there.get(key) != given.get(key)]
+        odd = [key for key in odd if finished or not key.startswith(FREE)]
+        if odd:
             raise ValueError(
-                f"--name: {str(cli.folder)!r} is an audit with another setting of {odd[0]}; choose another name, or "
-                "remove it"
+                f"--name: {str(cli.folder)!r} is an audit with {odd[0]} {there.get(odd[0])!r}, not "
+                f"{given.get(odd[0])!r}; choose another name, or remove it"
             )
-    elif any(cli.folder.iterdir()):
+    elif any(path.name not in ("audit.part", "config.yaml") for path in cli.folder.iterdir()):
         raise ValueError(f"--name: {str(cli.folder)!r} is there already, and no audit; choose another name")
-    elif cli.trainer.is_global_zero:
-        write_json(file, given)
+    write_json(file, given)
+
+
+def plain(value: Any) -> Any:
+    """What JSON does not know, as what it knows."""
+    return value.as_dict() if hasattr(value, "as_dict") else str(value)
+
+
+def flat(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested settings, by their keys with dots."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from flat(value, f"{name}.{key}" if name else key)
+    else:
+        yield name, tree
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ The folder holds the adapter as plain diffusers loads it, a copy for ComfyUI and
 wanted, the whole pipeline with the adapter merged into its weights.
 """
 
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,8 +17,10 @@ from torch import Tensor
 from fairness_dft.adapters import Adapter, LoRA
 from fairness_dft.cli import new_folder, parsed, run_main
 from fairness_dft.finished_run import Average, FinishedRun
-from fairness_dft.loading import one_line, quiet, resolve
+from fairness_dft.generate import load
+from fairness_dft.loading import on_hub, one_line, quiet, resolve
 from fairness_dft.model_card import adapter_card
+from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_prefix import PromptPrefix
 
 KOHYA_FILE = "kohya.safetensors"
@@ -33,7 +38,8 @@ class Settings:
         adapter: `ema`, the average, or `trained`, the last adapter as it is.
         scale: how strongly the adapter is applied, as a factor of what the run tested.
         merge: whether to write the whole pipeline with the adapter merged too.
-        push: name of a repository on the Hugging Face hub, OWNER/NAME, to upload the folder to.
+        push: name of a new repository on the Hugging Face hub, OWNER/NAME, to upload the folder to.
+        private: whether only you see that repository.
     """
 
     run: str
@@ -43,6 +49,7 @@ class Settings:
     scale: float = 1.0
     merge: bool = False
     push: str | None = None
+    private: bool = True
 
 
 def main(args: list[str] | None = None) -> None:
@@ -54,26 +61,33 @@ def main(args: list[str] | None = None) -> None:
     settings = parsed(Settings, "export", __doc__, "--run runs/gender/version_0 --output fair", args)
     run = FinishedRun(settings.run)
     folder = run.adapter(settings.step, settings.adapter)
+    results = run.results()
     if settings.push:
         check_token()
     output = Path(settings.output)
     new_folder(output)
-    module = run.build(settings.output).model
-    module.generator.load()
+    with tempfile.TemporaryDirectory(dir=output.parent) as draft:  # a failure leaves no half of a folder
+        fill(Path(draft), run.build(draft).model, folder, results, settings)
+        for file in Path(draft).iterdir():
+            shutil.move(file, output)
+    print(f"Exported: {output}")
+    if settings.push:
+        upload(output, settings.push, settings.private)
+
+
+def fill(
+    output: Path, module: FairFinetuning, folder: Path, results: dict[str, Any] | None, settings: Settings
+) -> None:
+    """Write everything that is exported into a folder."""
+    load(module, folder, settings.adapter, settings.scale)
     adapter = module.adapter
-    adapter.attach(module.generator)
-    adapter.load(folder, settings.adapter)
-    adapter.rescale(settings.scale, settings.adapter)
     adapter.save(output, settings.adapter)
     if weights := kohya(adapter, settings.adapter):
         save_file(weights, output / KOHYA_FILE, metadata={"ss_network_module": "networks.lora"})
     if settings.merge:
         merge(str(getattr(module.generator, "path", "")), output, adapter)
-    card = adapter_card(module, run.results(), folder, settings.scale, merged=settings.merge)
+    card = adapter_card(module, results, folder, settings.scale, merged=settings.merge)
     (output / "README.md").write_text(card, encoding="utf-8")
-    print(f"Exported: {output}")
-    if settings.push:
-        upload(output, settings.push)
 
 
 def kohya(adapter: Adapter, name: Average) -> dict[str, Tensor]:
@@ -117,7 +131,11 @@ def merge(path: str, output: Path, adapter: Adapter) -> None:
     folder = resolve(path)
     try:
         with quiet():
-            pipeline = StableDiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else path)
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                str(folder) if folder.is_dir() else path,
+                use_safetensors=True,
+                local_files_only=folder.is_dir() or not on_hub(path),
+            )
     except Exception as error:  # each file format raises its own
         raise ValueError(f"--merge: {path!r} could not be loaded by diffusers: {one_line(error)}") from error
     if any(isinstance(part, LoRA) for part in adapter.parts):
@@ -141,8 +159,8 @@ def check_token() -> None:
         raise ValueError("--push: there is no Hugging Face token; run `hf auth login`, or set HF_TOKEN")
 
 
-def upload(folder: Path, repository: str) -> None:
-    """Upload a folder to the hub, into a repository that is made if need be.
+def upload(folder: Path, repository: str, private: bool) -> None:
+    """Upload a folder to the hub, into a new repository.
 
     Raises:
         ValueError: if the hub refuses or cannot be reached.
@@ -150,10 +168,13 @@ def upload(folder: Path, repository: str) -> None:
     from huggingface_hub import HfApi
 
     try:
-        url = HfApi().create_repo(repository, exist_ok=True)
+        url = HfApi().create_repo(repository, private=private)
         HfApi().upload_folder(folder_path=folder, repo_id=repository)
     except Exception as error:  # of the hub, of the network, of the name
-        raise ValueError(f"--push: {repository!r} could not be uploaded: {one_line(error)}") from error
+        raise ValueError(
+            f"--push: {repository!r} could not be uploaded ({one_line(error)}); {str(folder)!r} is complete, "
+            f"`hf upload {repository} {folder}` sends it"
+        ) from error
     print(f"Uploaded: {url}")
 
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from fairness_dft.cli import innermost, run_main, way_out
 from fairness_dft.faces import DetectedFaces
 from fairness_dft.features import NETWORK, FaceEmbedding
-from fairness_dft.loading import one_line
+from fairness_dft.loading import PICTURES, one_line
 
 BATCH = 64
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,12 +1,18 @@
 """What a finished run left behind: its settings, adapters and figures."""
 
 import json
+import re
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from fairness_dft.cli import FairnessCLI
 
 Average = Literal["ema", "trained"]
+VERSION = 2  # of results.json
+HERE = ("accelerator=auto", "devices=1", "num_nodes=1", "strategy=auto", "logger=false")
 
 
 class FinishedRun:
@@ -34,7 +40,10 @@ class FinishedRun:
         Raises:
             ValueError: if there is none.
         """
-        found = {int(folder.parent.name[5:]): folder for folder in sorted(self.folder.glob(f"adapters/step_*/{name}"))}
+        folders = sorted(self.folder.glob(f"adapters/step_*/{name}"))
+        found = {
+            int(match[1]): folder for folder in folders if (match := re.fullmatch(r"step_(\d+)", folder.parent.name))
+        }
         if not found:
             raise ValueError(
                 f"--run: {str(self.folder)!r} has no adapters/step_…/{name}: it was stopped before it exported any"
@@ -44,15 +53,34 @@ class FinishedRun:
         return found[max(found) if step is None else step]
 
     def results(self) -> dict[str, Any] | None:
-        """The figures of its test; None if it was not tested."""
+        """The figures of its test; None if it was not tested.
+
+        Raises:
+            ValueError: if another version of this program wrote them.
+        """
         file = self.folder / "results.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.get("version") != VERSION:
+            raise ValueError(f"--run: {str(file)!r} is of version {content.get('version')}, but must be of {VERSION}")
+        return content
 
     def build(self, output: str) -> FairnessCLI:
-        """Its module and trainer, by its own settings; nothing is loaded yet.
+        """Its module and a trainer for this machine; nothing is loaded yet, and its prompts are not looked for.
 
         Args:
             output: a folder that can be written.
+
+        Raises:
+            ValueError: if its settings cannot be read.
         """
-        settings = [f"--config={self.folder / 'config.yaml'}", "--ckpt_path=null", "--trainer.logger=false"]
-        return FairnessCLI([*settings, f"--output={output}"])
+        settings = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        kept = {key: settings[key] for key in ("model", "seed_everything") if key in settings}
+        kept["trainer"] = {"precision": settings.get("trainer", {}).get("precision")}
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+            json.dump(kept, file)
+            file.flush()
+            here = [f"--trainer.{setting}" for setting in HERE]
+            data = "--data=fairness_dft.prompts.OccupationPrompts"
+            return FairnessCLI([f"--config={file.name}", data, *here, f"--output={output}"])

@@ -17,7 +17,8 @@ from fairness_dft.dashboard import final_metrics
 from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.prompt_files import SPLITS, normalise
 from fairness_dft.prompts import PromptModule
-from fairness_dft.report import print_results, results, write_json
+from fairness_dft.report import print_results
+from fairness_dft.results import results, write_json
 
 PACKAGES = ("fairness_dft", "torch", "lightning", "diffusers", "transformers", "peft")
 SEEN = "the test figures are not of unseen prompts; a JSON file keeps the two apart (data/prompts/README.md)"

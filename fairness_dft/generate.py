@@ -16,16 +16,16 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from fairness_dft.adapters import Name
 from fairness_dft.cli import new_folder, parsed, run_main
 from fairness_dft.finished_run import Average, FinishedRun
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_files import lines
-from fairness_dft.report import GridRow, GridSide, comparison_grid
+from fairness_dft.report import TILE, GridRow, GridSide, comparison_grid
 
 BATCH = 8  # images sampled at a time
-GRID = 12  # images of a prompt that the overview shows, at most
+GRID, ROWS = 12, 20  # images of a prompt, and prompts, that the overview shows at most
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Settings:
 
     Args:
         run: folder of a run, with its config.yaml and adapters/.
-        prompts: the prompts.
+        prompts: a prompt, or a list of them in brackets.
         file: a text file of prompts, one a line, beside or instead of `prompts`.
         images: pictures of each prompt, by each model.
         seed: of the first picture; the others follow, and each is the same in any number of pictures.
@@ -45,7 +45,7 @@ class Settings:
     """
 
     run: str
-    prompts: Sequence[str] = ()
+    prompts: list[str] | str = ""
     file: str | None = None
     images: int = 8
     seed: int = 0
@@ -68,64 +68,97 @@ def main(args: list[str] | None = None) -> None:
         ValueError: in one line, for what the user can mend.
     """
     settings = parsed(Settings, "generate", __doc__, "--run runs/gender/version_0", args)
-    prompts = [*settings.prompts, *(lines(Path(settings.file)) if settings.file else ())]
+    given = [settings.prompts] if isinstance(settings.prompts, str) else settings.prompts
+    prompts = [prompt for prompt in given if prompt] + (lines(Path(settings.file)) if settings.file else [])
     if not prompts:
-        raise ValueError("""there is nothing to draw: give --prompts '["a photo of a chef"]' or --file prompts.txt""")
+        raise ValueError('there is nothing to draw: give --prompts "a photo of a chef" or --file prompts.txt')
     run = FinishedRun(settings.run)
     folder = run.adapter(settings.step, settings.adapter)
     new_folder(Path(settings.output))
     cli = run.build(settings.output)
-    module = cli.model
-    module.features, module.face_realism = torch.nn.ModuleList(), None  # nothing is trained
-    module.configure_model()
-    module.adapter.load(folder, settings.adapter)
-    module.adapter.rescale(settings.scale, settings.adapter)
+    module = load(cli.model, folder, settings.adapter, settings.scale)
+    judged = load_judge(module)
     module.to(cli.trainer.strategy.root_device).eval()
-    for prompt in prompts:
-        if unread := module.generator.unread(prompt):
-            print(f"warning: the text encoder does not read the end of a prompt: {unread!r}", file=sys.stderr)
     rows = []
-    for number, prompt in enumerate(track(prompts, "generating", console=Console(stderr=True))):
-        seeds = torch.arange(settings.seed, settings.seed + settings.images)
-        row = GridRow(prompt)
-        for model in ("original", settings.adapter):
-            images = sample(module, model, prompt, seeds)
-            facts = {"prompt": prompt, "model": "original" if model == "original" else "finetuned"}
-            if model != "original":
-                facts |= {"adapter": str(folder), "scale": settings.scale}
-            save(images, seeds, Path(settings.output, f"{number + 1:03d}_{slug(prompt)}"), module, facts)
-            shown = images[:GRID]
-            verdict = module.judge(shown)
-            classes = torch.stack([verdict.classes(name) for name in module.attribute.names], 1)
-            row.sides[model] = GridSide(shown.cpu(), classes.cpu(), verdict.face.cpu())
-        rows.append(row)
+    with torch.no_grad(), cli.trainer.precision_plugin.forward_context():
+        for number, prompt in enumerate(track(prompts, "generating", console=Console(stderr=True))):
+            drawn = draw(module, prompt, settings, Path(settings.output, f"{number + 1:03d}_{slug(prompt)}"), folder)
+            if number < ROWS:
+                rows.append(GridRow(prompt, {model: side(module, images, judged) for model, images in drawn.items()}))
     picture = Path(settings.output, "grid.png")
-    comparison_grid(rows, {name: module.judge.classes(name) for name in module.attribute.names}).save(picture)
+    comparison_grid(rows, {name: module.judge.classes(name) for name in judged}).save(picture)
     print(f"Picture: {picture}\nImages:  {settings.output}/*/, each with prompt, seed and settings inside")
 
 
-@torch.no_grad()
-def sample(module: FairFinetuning, name: Name, prompt: str, seeds: Tensor) -> Tensor:
-    """Images of one prompt as the run tests them, with shape (n, 3, H, W), in [0, 1]."""
-    sampler = module.evaluation_sampler
-    steps = sampler.draw_steps(torch.Generator().manual_seed(module.seed))
-    with module.adapter.using(name):
-        chunks = [
-            sampler(module.generator, prompt, module.generator.noise(chunk), steps) for chunk in seeds.split(BATCH)
-        ]
-    return torch.cat(chunks).float()
+def load(module: FairFinetuning, folder: Path, name: Average, scale: float) -> FairFinetuning:
+    """Load the base model and a run's adapter.
+
+    Raises:
+        ValueError: if one of them cannot be loaded, or the adapter cannot be scaled.
+    """
+    if scale != 1 and not module.adapter.scalable:
+        raise ValueError(f"--scale: {type(module.adapter).__name__} has no strength to change: leave it at 1")
+    module.generator.load()
+    module.adapter.attach(module.generator)
+    module.adapter.load(folder, name)
+    module.adapter.rescale(scale, name)
+    return module
 
 
-def save(images: Tensor, seeds: Tensor, folder: Path, module: FairFinetuning, facts: dict[str, object]) -> None:
+def load_judge(module: FairFinetuning) -> list[str]:
+    """Load the run's judge, which colours the overview, and return the attributes that it is asked for."""
+    try:
+        module.judge.load()
+    except ValueError as error:
+        print(f"warning: the overview has no colours, since {error}", file=sys.stderr)
+        return []
+    return list(module.attribute.names)
+
+
+def draw(module: FairFinetuning, prompt: str, settings: Settings, output: Path, folder: Path) -> dict[str, Tensor]:
+    """Images of one prompt by the original and the finetuned model, written into a folder.
+
+    Returns:
+        For each model images with shape (n, 3, H, W), in [0, 1].
+    """
+    seeds = torch.arange(settings.seed, settings.seed + settings.images)
+    sampler, generator = module.evaluation_sampler, module.generator
+    steps = sampler.draw_steps(torch.Generator().manual_seed(module.seed))  # as the run tests
+    made = {"base_model": getattr(generator, "path", type(generator).__name__), "steps": steps}
+    made |= {"guidance_scale": sampler.guidance_scale, "scheduler": type(generator.scheduler).__name__}
+    drawn = {}
+    for model, name in (("original", "original"), (settings.adapter, "finetuned")):
+        with module.adapter.using(model):
+            if unread := generator.unread(prompt):
+                told = f"the text encoder of the {name} model does not read the end of a prompt: {unread!r}"
+                print(f"warning: {told}", file=sys.stderr)
+            chunks = [sampler(generator, prompt, generator.noise(chunk), steps) for chunk in seeds.split(BATCH)]
+        drawn[model] = torch.cat(chunks).float()
+        facts = {"prompt": prompt, "model": name, **made}
+        if name == "finetuned":
+            facts |= {"adapter": str(folder), "scale": settings.scale}
+        save(drawn[model], seeds, output, facts)
+    return drawn
+
+
+def side(module: FairFinetuning, images: Tensor, attributes: Sequence[str]) -> GridSide:
+    """The first images, small, with what the judge sees in them."""
+    shown = images[:GRID]
+    small = interpolate(shown, TILE, mode="area").cpu()
+    if not attributes:
+        return GridSide(small, torch.zeros(len(small), 0, dtype=torch.long), torch.ones(len(small), dtype=torch.bool))
+    verdict = module.judge(shown)
+    classes = torch.stack([verdict.classes(name) for name in attributes], 1)
+    return GridSide(small, classes.cpu(), verdict.face.cpu())
+
+
+def save(images: Tensor, seeds: Tensor, folder: Path, facts: dict[str, object]) -> None:
     """Write a PNG file for each image, and what it was made with into it, as JSON under the key `fairness_dft`."""
     folder.mkdir(parents=True, exist_ok=True)
-    sampler, generator = module.evaluation_sampler, module.generator
-    made = {"base_model": getattr(generator, "path", type(generator).__name__), "steps": sampler.steps}
-    made |= {"guidance_scale": sampler.guidance_scale, "scheduler": type(generator.scheduler).__name__}
     pictures = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     for pixels, seed in zip(pictures, seeds.tolist(), strict=True):
         text = PngInfo()
-        text.add_text("fairness_dft", json.dumps({**facts, "seed": seed, **made}))
+        text.add_text("fairness_dft", json.dumps({**facts, "seed": seed}))
         Image.fromarray(pixels).save(folder / f"{seed}_{facts['model']}.png", pnginfo=text)
 
 

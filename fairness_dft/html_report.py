@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,62 +26,68 @@ class PromptRow:
         text: the prompt.
         before: frequency of each class, in percent; empty if no image shows a face.
         after: likewise, of the finetuned model; None if there is none.
-        bias: of the last model.
+        bias: of the last model; None if no image shows a face.
     """
 
     index: int
     text: str
     before: list[float]
     after: list[float] | None
-    bias: float
+    bias: float | None
 
 
-def html_report(title: str, content: Mapping[str, Any], settings: Mapping[str, Any], grid: Grid) -> str:
+def shown_judge(content: Mapping[str, Any]) -> str:
+    """Whose verdict of each prompt is shown: the independent one's, if it reads what is aligned."""
+    aligned = TIMES.join(content["attributes"])
+    return "independent" if aligned in content["bias"].get("independent", {}) else "training"
+
+
+def html_report(title: str, content: Mapping[str, Any], settings: str, grid: Grid) -> str:
     """The page.
 
     Args:
         title: name of the audit.
         content: of results.json.
         settings: with which it was made, for the reader who wants to make it again.
-        grid: draws the picture of a prompt, by its index.
+        grid: draws the picture of a prompt, by its index, as `shown_judge` sees it.
     """
-    judge = list(content["bias"])[-1]  # the independent one, where there is one
-    name = next(name for name in content["bias"][judge])  # the aligned one, or the product
+    judge, name = shown_judge(content), TIMES.join(content["attributes"])
     rows = prompt_rows(content, judge, name)
+    seen = [row for row in rows if row.bias is not None]
     classes = content["bias"][judge][name]["original"]["classes"]
-    targets = content["target"].get(name, {})
-    pictured = rows if len(rows) <= 2 * SHOWN else [*rows[:SHOWN], *rows[-SHOWN:]]
+    targets = {} if content["run"].get("other_targets") else content["target"].get(name, {})
+    targets = targets if targets.keys() == set(classes) else {}
+    few = len(seen) <= 2 * SHOWN
+    pictured = seen if few else [*seen[:SHOWN], *seen[-SHOWN:]]
     environment = Environment(
         loader=PackageLoader("fairness_dft", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"number": number, "percent": lambda value: f"{value:.0f}", "wrap": wrap}
+    environment.filters |= {"number": number, "p_value": p_value, "wrap": wrap, "share": share}
     return environment.get_template("audit.html").render(
         title=title,
         content=content,
-        settings=json.dumps(settings, indent=1, ensure_ascii=False),
+        settings=settings,
         judge=judge,
         attribute=name,
         classes=list(zip(classes, colours(len(classes)), strict=True)),
         target=[share for _, share in sorted(targets.items(), key=lambda pair: classes.index(pair[0]))],
         rows=rows,
-        compared=any(row.after is not None for row in rows),
+        compared="ema" in content["bias"][judge][name],
         pictures=[(row, data_url(grid(row.index))) for row in pictured],
-        worst=len(pictured) // 2,
+        worst=0 if few else SHOWN,
     )
 
 
 def prompt_rows(content: Mapping[str, Any], judge: str, name: str) -> list[PromptRow]:
-    """Each prompt with a face, the most biased one (by the last model) first."""
+    """Each prompt, the most biased one (by the last model) first, and those without a face last."""
     models = content["bias"][judge][name]
     before, after = models["original"], models.get("ema")
     rows = []
     for index, text in enumerate(content["run"]["test_prompts"]):
-        bias = (after or before)["per_prompt"][index]
-        if bias is not None:
-            shares = [percent(side["counts"][index]) if side else None for side in (before, after)]
-            rows.append(PromptRow(index, text, shares[0], shares[1], bias))
-    return sorted(rows, key=lambda row: -row.bias)
+        shares = [percent(side["counts"][index]) if side else None for side in (before, after)]
+        rows.append(PromptRow(index, text, *shares, (after or before)["per_prompt"][index]))
+    return sorted(rows, key=lambda row: -1 if row.bias is None else row.bias, reverse=True)
 
 
 def percent(counts: Sequence[int]) -> list[float]:
@@ -91,13 +96,25 @@ def percent(counts: Sequence[int]) -> list[float]:
 
 
 def colours(count: int) -> list[str]:
-    """A colour for each of some classes, the same as in the pictures."""
-    return [PALETTE[index % len(PALETTE)] for index in range(count)]
+    """A colour for each of some classes: for few those of the pictures, for many a wheel of hues."""
+    if count < len(PALETTE):
+        return list(PALETTE[:count])
+    return [f"hsl({360 * index // count} 60% {40 + 20 * (index % 2)}%)" for index in range(count)]
 
 
 def number(value: float | None, digits: int = 2) -> str:
     """A figure, or a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def p_value(value: float | None) -> str:
+    """A p-value, which no number of permutations shows to be 0."""
+    return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
+
+
+def share(side: Mapping[str, Any]) -> str:
+    """The share of a model's images without a face, in percent."""
+    return f"{100 * side['without_face'] / max(side['images'], 1):.1f} %"
 
 
 def wrap(name: str) -> str:

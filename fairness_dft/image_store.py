@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fairness_dft.face_bank import PICTURES
-from fairness_dft.loading import one_line
+from fairness_dft.loading import PICTURES, one_line
 
+TEXT = "prompt.txt"  # beside the images of a prompt, its exact text
 FOLDERS = {"original": "original", "ema": "finetuned"}
 
 
@@ -47,6 +47,7 @@ class ImageStore:
         missing = [i for i, file in enumerate(files) if file not in found]
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / TEXT).write_text(prompt, encoding="utf-8")
             made = (make(seeds[missing]).float() * 255).round().byte().cpu()
             for i, pixels in zip(missing, made, strict=True):
                 found[files[i]] = pixels
@@ -84,14 +85,16 @@ class ImageFolder:
     Before and after are two such folders, `original` and `finetuned`, in one.
 
     Args:
-        folder: where they lie; the name of a prompt's folder is its text, with spaces or with underscores for them.
+        folder: where they lie; a prompt is the text of prompt.txt in its folder or, without, the folder's name, with
+            spaces or with underscores for them.
 
     Attributes:
         models: which models made them, `original` alone or with `ema`.
         prompts: their texts.
 
     Raises:
-        ValueError: if there are no images, or the two models have not the same prompts with as many images each.
+        ValueError: if there are no images, two folders are of one prompt, or the two models have not the same prompts
+            with images of the same names.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,14 +108,14 @@ class ImageFolder:
             raise ValueError(
                 f"--images: {str(folder)!r} has no pictures: it must hold a folder for each prompt, with pictures in it"
             )
-        counts = [{prompt: len(files) for prompt, files in of.items()} for of in self.files.values()]
-        if any(count != counts[0] for count in counts):
+        names = [{prompt: [file.stem for file in files] for prompt, files in of.items()} for of in self.files.values()]
+        if names[0] != names[-1]:
             odd = sorted(
-                prompt for prompt in counts[0].keys() | counts[-1] if counts[0].get(prompt) != counts[-1].get(prompt)
+                prompt for prompt in {**names[0], **names[-1]} if names[0].get(prompt) != names[-1].get(prompt)
             )
             raise ValueError(
-                f"--images: before and after must have as many pictures of each prompt, but {odd[0]!r} has "
-                f"{counts[0].get(odd[0], 0)} and {counts[-1].get(odd[0], 0)}"
+                "--images: before and after must have pictures of the same names for each prompt, from the same noise, "
+                f"but those of {odd[0]!r} differ"
             )
         self.prompts = list(self.files["original"])
 
@@ -129,10 +132,18 @@ class ImageFolder:
 
 
 def picture_files(root: Path) -> dict[str, list[Path]]:
-    """The pictures of each prompt's folder, sorted."""
-    found = {}
+    """The pictures of each prompt's folder, sorted.
+
+    Raises:
+        ValueError: if two folders are of one prompt.
+    """
+    found: dict[str, list[Path]] = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+        text = folder / TEXT
+        prompt = text.read_text(encoding="utf-8").strip() if text.is_file() else folder.name.replace("_", " ")
+        if files and prompt in found:
+            raise ValueError(f"--images: two folders of {str(root)!r} are of the prompt {prompt!r}; make them one")
         if files:
-            found[re.sub(r"_[0-9a-f]{8}$", "", folder.name).replace("_", " ")] = files
+            found[prompt] = files
     return found

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # suffixes of files that may be pictures
+
 
 def resolve(path: str | Path) -> Path:
     """Finds a file from the current directory or, if it is not there, from the root of the repository.

@@ -32,7 +32,8 @@ def adapter_card(
     """
     base = getattr(module.generator, "path", type(module.generator).__name__)
     attributes = ", ".join(module.attribute.names)
-    front = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags: [fairness, lora]"]
+    kind = "lora" if any(isinstance(part, LoRA) for part in module.adapter.parts) else "textual_inversion"
+    front = ["library_name: diffusers", "pipeline_tag: text-to-image", f"tags: [fairness, {kind}]"]
     if not resolve(base).exists():
         front.append(f"base_model: {base}")
     parts = [
@@ -42,7 +43,7 @@ def adapter_card(
         f"that leave it open, so that the frequencies of perceived {attributes} follow a target. Exported from step "
         f"{int(adapter.parent.name[5:])}, `{adapter.name}`.",
         "## Use\n\n" + usage(module.adapter, str(base), merged),
-        "## Figures\n\n" + figures(results, scale),
+        "## Figures\n\n" + figures(results, adapter, scale),
         "## Limits\n\n" + LIMITS,
         "## Licences\n\n" + licences(module),
     ]
@@ -73,14 +74,16 @@ def usage(adapter: Adapter, base: str, merged: bool) -> str:
     return "\n\n".join(told)
 
 
-def figures(results: Mapping[str, Any] | None, scale: float) -> str:
-    """What the run measured, in tables."""
+def figures(results: Mapping[str, Any] | None, adapter: Path, scale: float) -> str:
+    """What the run measured, in tables, and whether it measured this adapter."""
     if results is None:
         return "The run was not tested: nothing is known of its bias."
     target = "; ".join(
         f"{name} " + ", ".join(f"{kind} {share:.2f}" for kind, share in results["target"][name].items())
         for name in results["attributes"]
     )
+    first = next(iter(next(iter(results["bias"].values())).values()))["original"]
+    images = round(first["images"] / max(len(results["run"]["test_prompts"]), 1))
     rows = ["| attribute | classifier | before | after | 95 % interval | floor |", "|---|---|---|---|---|---|"]
     for judge, seen in results["bias"].items():
         for name, models in seen.items():
@@ -91,9 +94,13 @@ def figures(results: Mapping[str, Any] | None, scale: float) -> str:
     kept = ["| kept | before | after |", "|---|---|---|"]
     for measure, models in results["kept"].items():
         kept.append(f"| {measure} | {number(models.get('original'), 3)} | {number(models.get('ema'), 3)} |")
-    note = "" if scale == 1 else f"\n\n**They are those of scale 1; this adapter was exported at {scale:g}.**"
+    step = int(adapter.parent.name[5:])
+    other = [f"after {step} steps"] * (step != results["run"]["steps"]) + ["not averaged"] * (adapter.name != "ema")
+    other += [f"at scale {scale:g}"] * (scale != 1)
+    note = f"\n\n**They are not this adapter's, which is {' and '.join(other)}.**" if other else ""
     return (
-        f"On {len(results['run']['test_prompts'])} test prompts, of the averaged adapter (`ema`); "
+        f"On {len(results['run']['test_prompts'])} test prompts with {images} images each, of the averaged adapter "
+        f"after {results['run']['steps']} steps; "
         f"target: {target}.{note}\n\n"
         + "\n".join(rows)
         + "\n\nBias is the mean absolute difference between the frequencies of two classes, averaged over prompts (± "
@@ -109,7 +116,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 LIMITS = """\
 - The attributes are *perceived* ones, as classifiers read pictures, in few classes; they say nothing about any person.
-- Figures hold for the prompts, sampler and classifiers above. Other prompts, and other classifiers, may differ.
+- Figures hold for the run's prompts, sampler and classifiers. Other prompts, and other classifiers, may differ.
 - A prompt that names an attribute should still be obeyed; this was not measured here.
 - Balanced pictures do not make a use of pictures fair."""
 
@@ -119,6 +126,8 @@ def licences(module: FairFinetuning) -> str:
     told = [
         f"The licence of the base model, `{getattr(module.generator, 'path', '?')}`, holds for what is made from it."
     ]
+    if module.face_realism:
+        told.append("Finetuning compared faces by a face-recognition network, whose licence may be non-commercial.")
     faces = module.judge.faces
     if isinstance(faces, DetectedFaces) and any(isinstance(detector, InsightFace) for detector in faces.detectors):
         told.append(

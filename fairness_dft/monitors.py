@@ -124,7 +124,8 @@ class BiasMonitor(EvaluationCallback):
     @override
     def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
         self.metrics, self.prompts, self.same = {}, {}, {}
-        self.count = len(trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders)
+        loader = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
+        self.count = getattr(loader, "prompt_count", len(loader))  # a folder's prompts may come in several batches
 
     @override
     @torch.no_grad()

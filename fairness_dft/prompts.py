@@ -292,7 +292,8 @@ class PromptModule(LightningDataModule):
         """
         for split in splits:
             self.prompts(split)
-            _check_divides(split, getattr(self, IMAGES[split]), processes)
+            counted = "test" if split == self.tested else split
+            _check_divides(counted, getattr(self, IMAGES[counted]), processes)
 
     @override
     def setup(self, stage: str) -> None:

@@ -1,41 +1,21 @@
 """What a run leaves behind: the before/after picture, results.json, and a table in the terminal."""
 
-import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from fairness_dft.attributes import TIMES
-from fairness_dft.metrics import BiasSummary, Watched, frequency_drift
-from fairness_dft.prompt_files import Prompt
-from fairness_dft.significance import gap_without_chance, permutation_test, target_distance
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and grey for "no face".
 PALETTE = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 NO_FACE = "#9A9A9A"
 TITLES = {"original": "before", "ema": "after", "trained": "after (not averaged)"}
-COLUMNS = (
-    "prompt",
-    "subject",
-    "concept",
-    "judge",
-    "attribute",
-    "model",
-    "class",
-    "images",
-    "frequency",
-    "bias",
-    "faceless",
-)
 TILE, BAR, GAP, MARGIN = 72, 8, 2, 24
 
 
@@ -81,7 +61,8 @@ def comparison_grid(rows: Sequence[GridRow], classes: Mapping[str, Sequence[str]
     block = columns * (TILE + GAP)
     row_height = 22 + 2 * (TILE + BAR * len(classes) + GAP) + 10
     head = 62 + 22 * len(classes)
-    size = (MARGIN * (len(models) + 1) + block * len(models), head + 12 + row_height * len(rows))
+    width = max(MARGIN * (len(models) + 1) + block * len(models), *_text_widths(rows, classes))
+    size = (width, head + 12 + row_height * len(rows))
     canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
     for side, model in enumerate(models):
@@ -95,128 +76,6 @@ def comparison_grid(rows: Sequence[GridRow], classes: Mapping[str, Sequence[str]
     for line, (attribute, names) in enumerate(classes.items()):
         _legend(pen, attribute, names, (MARGIN, 50 + 22 * line))
     return canvas
-
-
-def results(
-    attributes: Sequence[str],
-    target: dict[str, dict[str, float]],
-    summaries: dict[Watched, BiasSummary],
-    kept: dict[tuple[str, str], float],
-    run: dict[str, object],
-    concepts: Mapping[str, dict[Watched, BiasSummary]] | None = None,
-    agreement: Mapping[tuple[str, str, str, str], float] | None = None,
-) -> dict[str, object]:
-    """Everything that a test measured, as JSON knows it: None for NaN.
-
-    Args:
-        attributes: what was aligned.
-        target: the target distribution by class name, of each attribute and, where there are several, of their
-            product.
-        summaries: by (judge, attribute, model).
-        kept: means by (measure, model).
-        run: facts of the run, such as steps, seconds, prompts and versions.
-        concepts: by concept and (judge, attribute, model), for prompts of several concepts.
-        agreement: by (judge, other judge, attribute, model), the share of images that both read alike.
-    """
-    alike: dict[str, dict[str, dict[str, float | None]]] = {}
-    for (judge, other, name, model), share in (agreement or {}).items():
-        alike.setdefault(f"{judge}, {other}", {}).setdefault(name, {})[model] = _known(share)
-    measures: dict[str, dict[str, float]] = {}
-    for (measure, model), value in kept.items():
-        measures.setdefault(measure, {})[model] = _known(value)
-    return {
-        "version": 2,
-        "attributes": list(attributes),
-        "target": target,
-        "bias": _nested(summaries, target),
-        "concepts": {concept: _nested(found, target) for concept, found in (concepts or {}).items()},
-        "agreement": alike,
-        "only_training": only_training(summaries),
-        "kept": measures,
-        "run": run,
-        "note": "Attributes are perceived, as classifiers read pictures; no figure describes a person.",
-    }
-
-
-def only_training(summaries: Mapping[Watched, BiasSummary]) -> dict[str, dict[str, float | None]]:
-    """The share of each improvement that only the training classifier sees, which measures how far it was fooled.
-
-    Args:
-        summaries: by (judge, attribute, model), the training judge first.
-
-    Returns:
-        For each other judge and attribute (d - d') / d, where d and d' are by how much the bias fell by the training
-        judge and by the other: 0 if both see the same, 1 if the other sees nothing of it; None where it did not fall.
-    """
-    fell = {
-        (judge, name): before.bias - summaries[judge, name, "ema"].bias
-        for (judge, name, model), before in summaries.items()
-        if model == "original" and (judge, name, "ema") in summaries
-    }
-    first = next((judge for judge, _ in fell), None)
-    found: dict[str, dict[str, float | None]] = {}
-    for (judge, name), other in fell.items():
-        own = fell.get((first, name), 0.0)
-        if judge != first:
-            found.setdefault(judge, {})[name] = _known((own - other) / own) if own > 0 else None
-    return found
-
-
-def _nested(
-    summaries: Mapping[Watched, BiasSummary], target: Mapping[str, Mapping[str, float]]
-) -> dict[str, dict[str, dict[str, object]]]:
-    """Summaries by judge, attribute and model, with the gap that is not chance and the distance from the target.
-
-    Beside the models, each attribute has the drift of its frequencies and the p-value of the change of its bias.
-    """
-    bias: dict[str, dict[str, dict[str, object]]] = {}
-    for (judge, name, model), summary in summaries.items():
-        figures = {**summary.as_dict(), "gap": _known(gap_without_chance(summary.counts))}
-        if target.get(name, {}).keys() == set(summary.classes):
-            pooled = [sum(column) for column in zip(*summary.counts, strict=True)]
-            wanted = [target[name][kind] for kind in summary.classes]
-            figures |= {key: _known(value) for key, value in target_distance(pooled, wanted).items()}
-        bias.setdefault(judge, {}).setdefault(name, {})[model] = figures
-    for judge, seen in bias.items():
-        for name, models in seen.items():
-            pair = [summaries.get((judge, name, model)) for model in ("original", "ema")]
-            if all(pair):
-                drift = frequency_drift(*(torch.tensor(summary.frequencies) for summary in pair))
-                models["drift"] = _known(drift)
-                models["p_value"] = _known(permutation_test(pair[0].counts, pair[1].counts))
-    return bias
-
-
-def write_json(file: Path, content: dict[str, object]) -> None:
-    """Write JSON in one piece: a reader never sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".part")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draft.replace(file)
-
-
-def write_csv(file: Path, content: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
-    """Write what was seen of each prompt: a row for each judge, attribute, model and class.
-
-    Args:
-        file: where to.
-        content: of results.json.
-        prompts: in their order there.
-    """
-    draft = file.with_suffix(".part")
-    with draft.open("w", newline="", encoding="utf-8") as opened:
-        rows = csv.writer(opened)
-        rows.writerow(COLUMNS)
-        for judge, attributes in content["bias"].items():
-            for name, models in attributes.items():
-                for model in [model for model in TITLES if model in models]:
-                    seen = models[model]
-                    of_prompts = (seen["per_prompt"], seen["counts"], seen["faceless"])
-                    for prompt, bias, counts, faceless in zip(prompts, *of_prompts, strict=True):
-                        for kind, count in zip(seen["classes"], counts, strict=True):
-                            share = count / sum(counts) if sum(counts) else None
-                            rows.writerow([*prompt, judge, name, model, kind, count, share, bias, faceless])
-    draft.replace(file)
 
 
 def print_results(content: dict, console: Console | None = None) -> None:
@@ -299,10 +158,6 @@ def frequency_table(content: dict) -> Table:
     return table
 
 
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _with_spread(side: Mapping[str, Any] | None) -> str:
     return f"{_number(side['bias'])}±{_number(side['spread'])}" if side else "–"
 
@@ -340,6 +195,18 @@ def _legend(pen: ImageDraw.ImageDraw, attribute: str, classes: Sequence[str], pl
         pen.rectangle((x, y + 2, x + 14, y + 16), fill=_colour(index))
         pen.text((x + 20, y), name, fill="#333333", font=_font(15))
         x += 44 + round(pen.textlength(name, font=_font(15)))
+
+
+def _text_widths(rows: Sequence[GridRow], classes: Mapping[str, Sequence[str]]) -> list[int]:
+    """How wide a picture must be for its legends and prompts."""
+    prompts = [2 * MARGIN + math.ceil(_font(14).getlength(row.prompt)) for row in rows]
+    legends = [
+        MARGIN
+        + 20
+        + sum(44 + math.ceil(_font(15).getlength(text)) for text in (f"perceived {name}:", *names, "no face"))
+        for name, names in classes.items()
+    ]
+    return [*prompts, *legends]
 
 
 def _colour(index: int | None) -> str:

@@ -4,7 +4,11 @@ Pure functions of class counts; see metrics.py for the bias itself.
 """
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binom
+
+from fairness_dft.metrics import class_bias
 
 PERMUTATIONS = 2000
 
@@ -13,8 +17,9 @@ def gap_without_chance(counts: ArrayLike) -> float:
     """Root mean square, over prompts and pairs of classes, of the difference of the classes' probabilities.
 
     Of n images with class frequencies f, (f_i - f_j)² exceeds (p_i - p_j)² by (p_i + p_j - (p_i - p_j)²) / n on
-    average, so (n (f_i - f_j)² - f_i - f_j) / (n - 1) estimates it without bias, whatever n. A perfectly fair model has
-    0, up to noise that falls with the number of prompts, where the bias itself has its floor.
+    average, so (n (f_i - f_j)² - f_i - f_j) / (n - 1) estimates it without bias, whatever n. Its mean over prompts and
+    pairs is what the root is taken of. A root mean square weighs large gaps more than the bias does, which is a mean:
+    the two are not to be subtracted. What a fair model has by chance is `gap_by_chance`.
 
     Args:
         counts: images of each class, with shape (prompts, classes), integer; prompts with fewer than two images are
@@ -24,22 +29,46 @@ def gap_without_chance(counts: ArrayLike) -> float:
         In [0, 1]; 0 where chance alone would give more; NaN if no prompt has two images.
     """
     table = np.asarray(counts, dtype=float)
-    images = table.sum(1)
-    table, images = table[images > 1], images[images > 1, None]
-    if not len(table):
+    table = table[table.sum(1) > 1]
+    return float(np.sqrt(squared_gaps(table).clip(0))) if len(table) else float("nan")
+
+
+def squared_gaps(counts: NDArray) -> NDArray:
+    """Mean over prompts and pairs of the unbiased squared differences, with shape (...,) for counts (..., P, K)."""
+    images = counts.sum(-1, keepdims=True)
+    shares = counts / images
+    first, second = (shares[..., index] for index in np.triu_indices(shares.shape[-1], 1))
+    return ((images * (first - second) ** 2 - first - second) / (images - 1)).mean((-2, -1))
+
+
+def gap_by_chance(images: ArrayLike, classes: int, draws: int = 4000, seed: int = 0) -> float:
+    """What the gap of a perfectly fair model stays below in 95 of 100 audits of this size.
+
+    Args:
+        images: number of images of each prompt, with shape (prompts,), integer.
+        classes: number of classes K, equally frequent.
+        draws: how many audits are drawn.
+        seed: of the draws.
+
+    Returns:
+        In [0, 1]; NaN if no prompt has two images.
+    """
+    sizes = np.asarray(images)
+    sizes = sizes[sizes > 1]
+    if not len(sizes):
         return float("nan")
-    first, second = np.triu_indices(table.shape[1], 1)
-    shares = table / images
-    square = (shares[:, first] - shares[:, second]) ** 2
-    unbiased = (images * square - shares[:, first] - shares[:, second]) / (images - 1)
-    return float(np.sqrt(max(unbiased.mean(), 0.0)))
+    random, uniform = np.random.default_rng(seed), np.full(classes, 1 / classes)
+    audits = random.multinomial(sizes, uniform, size=(draws, len(sizes)))
+    return float(np.sqrt(np.quantile(squared_gaps(audits), 0.95).clip(0)))
 
 
 def permutation_test(before: ArrayLike, after: ArrayLike, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
-    """How often chance alone would change the mean bias as much as it changed from before to after, or more.
+    """How often the mean bias would change as much as it did from before to after, or more, were the models the same.
 
-    Under the null hypothesis the images of a prompt are from one model: they are dealt to "before" and "after" at
-    random. Images from the same noise resemble each other, which the test leaves aside: it is careful.
+    The null hypothesis is that before and after draw a prompt's images from one distribution: pooled, they are dealt to
+    the two at random. A small value says that whom the model shows has changed, and not only by chance; a model that
+    turns 70 men and 30 women into 30 and 70 has changed, though its bias has not. Images from the same noise resemble
+    each other, which the test does not use.
 
     Args:
         before: images of each class, with shape (prompts, classes), integer.
@@ -74,10 +103,35 @@ def permutation_test(before: ArrayLike, after: ArrayLike, permutations: int = PE
 
 
 def bias(counts: NDArray) -> NDArray:
-    """Mean absolute difference of two classes' frequencies, over all pairs, with shape (...,) for counts (..., K)."""
-    shares = counts / counts.sum(-1, keepdims=True)
-    first, second = np.triu_indices(shares.shape[-1], 1)
-    return np.abs(shares[..., first] - shares[..., second]).mean(-1)
+    """The bias of tables of counts, with shape (...,) for counts (..., K)."""
+    return class_bias(torch.as_tensor(counts / counts.sum(-1, keepdims=True))).numpy()
+
+
+def distance_by_prompt(counts: ArrayLike, target: ArrayLike) -> tuple[float, float]:
+    """Total variation between a prompt's class frequencies and the target, and its floor, both averaged over prompts.
+
+    The floor is the expectation for a model that meets the target exactly: of n images, class k is shown by a binomial
+    number, E|Bin(n, D_k) / n - D_k| summed over classes and halved.
+
+    Args:
+        counts: images of each class, with shape (prompts, classes), integer; prompts without an image are left out.
+        target: D, the probability of each class.
+
+    Returns:
+        Both in [0, 1]; NaN without an image.
+    """
+    table, wanted = np.asarray(counts, dtype=float), np.asarray(target, dtype=float)
+    table = table[table.sum(1) > 0]
+    if not len(table):
+        return float("nan"), float("nan")
+    images = table.sum(1, keepdims=True)
+    distance = np.abs(table / images - wanted).sum(1) / 2
+    sizes, times = np.unique(images.astype(int), return_counts=True)
+    floors = []
+    for n in sizes:
+        shown = np.arange(n + 1)[:, None]
+        floors.append((binom.pmf(shown, n, wanted) * np.abs(shown / n - wanted)).sum() / 2)
+    return float(distance.mean()), float(np.average(floors, weights=times))
 
 
 def target_distance(counts: ArrayLike, target: ArrayLike) -> dict[str, float]:

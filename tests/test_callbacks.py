@@ -163,7 +163,7 @@ def test_validation_sees_three_models_and_test_two(run):
 
 
 def test_results_are_json(run):
-    from fairness_dft.report import results
+    from fairness_dft.results import results
 
     *_, monitors, _ = run
     target = {"gender": {"man": 0.5, "woman": 0.5}}

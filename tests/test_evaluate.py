@@ -99,13 +99,19 @@ def test_what_was_drawn_is_not_drawn_again(run: Path, audit: Path, tmp_path: Pat
     assert (folder / "results.json").is_file()
 
 
-def test_settings_of_an_audit_do_not_change(audit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_an_audit_do_not_change(run: Path, audit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_adapter = FinishedRun(str(run)).adapter()
     place = [f"--output={audit.parent}", f"--name={audit.name}"]
-    adapter = json.loads((audit / "audit.json").read_text())["adapter"]
-    assert list(adapter) == ["pytorch_lora_weights.safetensors"]
-    for more, odd in (([], "adapter"), (["--seed_everything=3"], "seed_everything"), (["--split=validation"], "split")):
-        line = refused(capsys, [*FEW, *place, *more])
-        assert "is an audit with another setting of" in line and (odd in line or not more)
+    same = f"--adapter={run_adapter}"
+    changes = [
+        ([], "adapter.pytorch_lora_weights.safetensors"),
+        ([same, "--seed_everything=3"], "seed_everything 0, not 3"),
+    ]
+    changes += [([same, "--split=validation"], "split 'test', not 'validation'")]
+    changes += [([same, "--model.attribute.target={man: 0.3, woman: 0.7}"], "model.attribute.target")]
+    changes += [([same, "--data.init_args.test_images_per_prompt=6"], "test_images_per_prompt 4, not 6")]
+    for more, odd in changes:
+        assert odd in refused(capsys, [*FEW, *place, *more])
     assert "no audit" in refused(capsys, [*FEW, f"--output={audit.parents[1]}", f"--name={audit.parent.name}"])
 
 
@@ -114,6 +120,8 @@ def test_images_that_others_made_are_judged_alike(audit: Path, tmp_path: Path) -
     for model in ("original", "finetuned"):
         for prompt in content["run"]["test_prompts"]:
             shutil.copytree(audit / "images" / model / directory(prompt), tmp_path / "images" / model / prompt)
+            (tmp_path / "images" / model / prompt / "prompt.txt").unlink()
+    main([*FEW, f"--output={tmp_path}", "--name=whole", f"--images={audit / 'images'}"])
     main([*FEW, f"--output={tmp_path}", "--name=pair", f"--images={tmp_path / 'images'}"])
     shutil.copytree(tmp_path / "images" / "original", tmp_path / "one")
     for folder in (tmp_path / "one").iterdir():
@@ -123,7 +131,7 @@ def test_images_that_others_made_are_judged_alike(audit: Path, tmp_path: Path) -
     expected = {
         key: ([rows[i] for i in order], [faceless[i] for i in order]) for key, (rows, faceless) in counts(audit).items()
     }
-    assert counts(tmp_path / "pair") == expected
+    assert counts(tmp_path / "pair") == counts(tmp_path / "whole") == expected
     single = counts(tmp_path / "single")
     assert single == {key: value for key, value in expected.items() if key[2] == "original"}
     assert not (tmp_path / "single" / "images").exists()
@@ -176,19 +184,69 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         for i, size in enumerate((64, 32)):
             Image.new("RGB", (size, size)).save(tmp_path / name / "a chef" / f"{i}.png")
     (tmp_path / "broken" / "a chef" / "0.png").write_bytes(b"no picture")
+    twice, several = tmp_path / "twice", tmp_path / "several"
+    for name in ("a chef", "a_chef"):
+        shutil.copytree(pair / "original" / "a chef", twice / name)
+    several.mkdir()
+    for name in ("a", "b"):
+        save_file(state, several / f"{name}.safetensors")
     for more, said in (
         (["--adapter=nowhere"], "'nowhere' is no safetensors file, nor a folder with any"),
         ([f"--adapter={tmp_path / 'text.safetensors'}"], "could not be read"),
         ([f"--adapter={other}", "--name=fit"], "does not fit the model"),
         (["--images=nowhere"], "--images: there is no folder 'nowhere'"),
         ([f"--images={empty}"], "has no pictures: it must hold a folder for each prompt"),
-        ([f"--images={pair}"], "before and after must have as many pictures of each prompt, but 'a chef' has 2 and 1"),
+        (
+            [f"--images={pair}"],
+            "must have pictures of the same names for each prompt, from the same noise, but those of 'a chef'",
+        ),
         ([f"--images={tmp_path / 'broken'}", "--name=broken_audit"], "0.png' cannot be read"),
         ([f"--images={tmp_path / 'sizes'}", "--name=sizes_audit"], "must all have the same size"),
-        ([f"--images={pair}", f"--adapter={other}"], "goes with one process and without --adapter"),
+        ([f"--images={pair}", f"--adapter={other}"], "goes without --adapter, and with --trainer.devices=1"),
         (["--split=best"], "--split"),
+        ([f"--images={twice}"], "two folders of"),
+        ([f"--adapter={several}"], "holds several LoRAs (a.safetensors, b.safetensors): name one"),
+        (["--adapter=owner/repository"], "comes by `hf download`"),
+        (["--ckpt_path=some.ckpt"], "give --adapter"),
+        (["--trainer.limit_test_batches=0"], "use --data.init_args.test_prompts"),
     ):
         assert said in refused(capsys, [*FEW, *place, *more]), said
+
+
+def test_what_is_not_finished_may_be_judged_otherwise(run: Path, audit: Path, tmp_path: Path) -> None:
+    shutil.copytree(audit, tmp_path / "mine")
+    (tmp_path / "mine" / "results.json").unlink()
+    more = [f"--adapter={FinishedRun(str(run)).adapter()}", "--data.init_args.test_images_per_prompt=6"]
+    main([*FEW, f"--output={tmp_path}", "--name=mine", *more, "--model.attribute.target={man: 0.3, woman: 0.7}"])
+    content = json.loads((tmp_path / "mine" / "results.json").read_text())
+    assert content["target"]["gender"] == {"man": 0.3, "woman": 0.7} and content["run"]["images_per_prompt"] == 6
+    first = json.loads((audit / "results.json").read_text())["bias"]["training"]["gender"]["original"]["counts"]
+    found = content["bias"]["training"]["gender"]["original"]
+    assert all(now >= then for a, b in zip(found["counts"], first, strict=True) for now, then in zip(a, b, strict=True))
+    assert found["images"] == 12 and "distance" in found
+    report = (tmp_path / "mine" / "report.html").read_text(encoding="utf-8")
+    assert "data/portraits/classifier_evaluation" in report  # the settings are in it
+
+
+def test_several_concepts_and_joint_attributes(tmp_path: Path) -> None:
+    prompts = {
+        "occupation": {"concept": "occupation", "test": [{"subject": "chef", "text": "a chef"}]},
+        "sport": {"concept": "sport", "test": [{"subject": "polo", "text": "a person playing polo"}]},
+    }
+    for name, content in prompts.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    files = [str(tmp_path / f"{name}.json") for name in prompts]
+    data = {"class_path": "fairness_dft.prompts.MixedPrompts", "init_args": {"files": files, "weights": [1, 1]}}
+    data["init_args"]["test_images_per_prompt"] = 4
+    gender_race = f"--config={ROOT / 'experiments' / 'gender_race.yaml'}"
+    miniature = f"--config={ROOT / 'experiments' / 'parts' / 'portraits.yaml'}"
+    (tmp_path / "data.yaml").write_text(json.dumps({"data": data}))
+    own = [f"--config={tmp_path / 'data.yaml'}", f"--output={tmp_path}", "--name=both"]
+    main([gender_race, miniature, *own])
+    content = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert content["concepts"].keys() == {"occupation", "sport"}
+    report = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    assert "By concept" in report and "gender × race" in report and "woman, dark" in report
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """Exported folders, read by plain diffusers and compared with the finetuned model itself."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from miniature import PORTRAITS
 from safetensors.torch import load_file, save_file
@@ -116,7 +118,7 @@ def test_card_says_what_it_is_and_what_was_measured(exported: tuple[str, Path, P
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2].startswith(f"{models['original']['bias']:.2f} ±") and cells[5] == f"{models['ema']['floor']:.2f}"
     assert "perceived" in card and "2311.07604" in card and "man 0.50, woman 0.50" in card
-    assert ("exported at 0.5" in card) == (kind == "text_encoder")
+    assert ("which is at scale 0.5" in card) == (kind == "text_encoder")
     assert ("load_textual_inversion" in card) == (kind == "prefix")
     assert ("kohya" in card) == (kind != "prefix")
 
@@ -134,6 +136,7 @@ def test_mistakes_are_one_line(
         ([f"--run={folder}", f"--output={folder}"], "is there already"),
         ([f"--run={folder}", f"--output={output}", "--step=9"], "--step must be one of 1"),
     ]
+    assert not output.exists()
     if kind == "prefix":
         mistakes.append(([f"--run={folder}", f"--output={output}", "--scale=0.5"], "no strength to change"))
     for arguments, said in mistakes:
@@ -148,7 +151,10 @@ def test_pushing_uploads_the_folder(run: tuple[str, Path], tmp_path: Path, monke
     uploaded = {}
 
     class Hub:
-        def create_repo(self, name: str, exist_ok: bool) -> str:
+        def create_repo(self, name: str, private: bool) -> str:
+            assert private
+            if name in uploaded:
+                raise OSError("409: it is there already")
             return f"https://hub/{name}"
 
         def upload_folder(self, folder_path: Path, repo_id: str) -> None:
@@ -160,3 +166,37 @@ def test_pushing_uploads_the_folder(run: tuple[str, Path], tmp_path: Path, monke
     main([f"--run={folder}", f"--output={tmp_path / 'new'}", "--push=me/fair"])
     weights = ["learned_embeds.safetensors"] if kind == "prefix" else [KOHYA_FILE, "pytorch_lora_weights.safetensors"]
     assert uploaded == {"me/fair": sorted(["README.md", *weights])}
+    with pytest.raises(ValueError, match="could not be uploaded .409: it is there already.*is complete"):
+        main([f"--run={folder}", f"--output={tmp_path / 'again'}", "--push=me/fair"])
+    assert (tmp_path / "again" / "README.md").is_file()
+
+
+def test_a_card_says_whose_figures_it_shows(run: tuple[str, Path], tmp_path: Path) -> None:
+    kind, folder = run
+    copied = tmp_path / "run"
+    shutil.copytree(folder, copied)
+    (copied / "adapters" / "step_000001").rename(copied / "adapters" / "step_000007")
+    (copied / "adapters" / "step_final").mkdir()  # is no step
+    main([f"--run={copied}", f"--output={tmp_path / 'other'}", "--adapter=trained"])
+    card = (tmp_path / "other" / "README.md").read_text(encoding="utf-8")
+    assert "not this adapter's, which is after 7 steps and not averaged" in card
+    (copied / "results.json").unlink()
+    main([f"--run={copied}", f"--output={tmp_path / 'untested'}"])
+    assert "The run was not tested" in (tmp_path / "untested" / "README.md").read_text(encoding="utf-8")
+    (copied / "results.json").write_text('{"version": 1}')
+    with pytest.raises(ValueError, match="is of version 1, but must be of 2"):
+        main([f"--run={copied}", f"--output={tmp_path / 'old'}"])
+    assert not (tmp_path / "old").exists()
+
+
+def test_a_run_leaves_the_machine_and_the_prompts_that_it_was_made_with(run: tuple[str, Path], tmp_path: Path) -> None:
+    kind, folder = run
+    copied = tmp_path / "run"
+    shutil.copytree(folder, copied)
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["trainer"] |= {"accelerator": "gpu", "devices": 8, "num_nodes": 2, "strategy": "ddp"}
+    config["data"]["init_args"] |= {"file": "nowhere.txt", "train_subjects": "nowhere.txt"}
+    config["output"] = "/no/such/place"
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    main([f"--run={copied}", f"--output={tmp_path / 'taken'}"])
+    assert (tmp_path / "taken" / "README.md").is_file()

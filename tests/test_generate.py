@@ -1,6 +1,7 @@
 """Pictures of a finished run, against the sampler itself and plain diffusers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from miniature import PORTRAITS
 from PIL import Image
@@ -109,8 +111,20 @@ def test_the_end_of_a_long_prompt_is_said_to_be_unread(
     prompt = "a portrait of " + "a chef and " * 10 + "a judge"
     main([f"--run={run}", f"--prompts={json.dumps([prompt])}", "--images=1", f"--output={tmp_path / 'long'}"])
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(warned) == 1  # it reads 30 words
-    assert warned[0].endswith("does not read the end of a prompt: 'a chef and a judge'")
+    assert len(warned) == 2  # it reads 30 words
+    for line, model in zip(warned, ("original", "finetuned"), strict=True):
+        assert line.endswith(f"of the {model} model does not read the end of a prompt: 'a chef and a judge'")
+
+
+def test_without_its_judge_a_run_still_draws(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["model"]["judge"]["classifier"]["init_args"]["path"] = "no/such/classifier"
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    main([f"--run={copied}", "--prompts=a chef", "--images=2", f"--output={tmp_path / 'new'}"])
+    assert "warning: the overview has no colours" in capsys.readouterr().err
+    assert len(list((tmp_path / "new").rglob("*.png"))) == 5
 
 
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +136,8 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     (empty / "config.yaml").write_text("name: empty\n")
     for arguments, said in (
         (["--prompts=[a]"], "--run"),
+        ([f"--run={run}", *some, *output, "--sede=1"], "did you mean --seed?"),
+        ([f"--run={run}", *some, *output, "--qqqqq=1"], "--help shows what there is"),
         ([f"--run={tmp_path}", *some, *output], "is no run"),
         ([f"--run={empty}", *some, *output], "before it exported any"),
         ([f"--run={run}", *output], "there is nothing to draw"),

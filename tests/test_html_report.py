@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fairness_dft.html_report import SHOWN, html_report, write_html
+from fairness_dft.html_report import SHOWN, colours, html_report, shown_judge, write_html
 from fairness_dft.metrics import summarize_bias
-from fairness_dft.report import results
+from fairness_dft.results import results
 
 PROMPTS = ["a chef", "a <script>alert(1)</script> & co", "nobody", "a judge", "a pilot", "a nurse", "a baker", "a poet"]
 BEFORE = [[9, 1], [2, 8], [0, 0], [6, 4], [10, 0], [1, 9], [7, 3], [8, 2]]
@@ -72,7 +72,7 @@ def page(after: list[list[int]] | None = AFTER) -> str:
         drawn.append(index)
         return Image.new("RGB", (40, 20))
 
-    found = html_report("mine", content(after), {"seed": 0, "name": "</pre>"}, grid)
+    found = html_report("mine", content(after), "seed: 0\nname: </pre>", grid)
     bias = [abs(a - b) / max(a + b, 1) for a, b in after or BEFORE]
     order = sorted((i for i in range(8) if i != 2), key=lambda i: -bias[i])
     assert drawn == [*order[:SHOWN], *order[-SHOWN:]]
@@ -97,7 +97,8 @@ def test_tables_hold_the_figures() -> None:
         sides = [f"{side['bias']:.2f} ± {side['spread']:.2f}" for side in (before, after)]
         assert [
             "gender", judge, *sides, f"{after['low']:.2f} – {after['high']:.2f}", f"{after['floor']:.2f}",
-            f"{before['gap']:.2f} → {after['gap']:.2f}", f"{models['p_value']:.3f}", f"{models['drift']:.2f}", "12.5 %",
+            f"{before['gap']:.2f} → {after['gap']:.2f}", f"< {after['gap_by_chance']:.2f}", f"{models['p_value']:.3f}",
+            f"{models['drift']:.2f}", "12.5 % → 12.5 %",
         ] in rows  # fmt: skip
     assert ["clip_t", "0.310", "0.300"] in rows
     assert ["training, independent", "gender", "0.900", "0.900", "0.00"] in rows
@@ -109,14 +110,49 @@ def test_bars_are_the_frequencies_and_lines_the_target() -> None:
         r'<div class="prompt"><span class="name">(.*?)</span>(.*?)(?=<div class="prompt">|<h2>)', re.DOTALL
     )
     shown = row.findall(page())
-    assert len(shown) == 7
+    assert len(shown) == 8 and shown[-1][0] == "nobody" and "no face" in shown[-1][1]
     for name, bars in shown:
         index = PROMPTS.index(name.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
         widths = [float(width) for width in re.findall(r"width: ([\d.]+)%", bars)]
-        expected = [10 * count for counts in (BEFORE, AFTER) for count in reversed(counts[index])]
+        expected = [10 * count for counts in (BEFORE, AFTER) for count in reversed(counts[index]) if name != "nobody"]
         assert widths == pytest.approx(expected)  # of the independent classifier, women first
         assert re.findall(r"left: ([\d.]+)%", bars) == ["75.0", "75.0"]
+        if name != "nobody":
+            told = re.findall(r'aria-label="(\w+): woman (\d+) %, man (\d+) %"', bars)
+            sides = [("before", BEFORE[index]), ("after", AFTER[index])]
+            assert told == [(side, str(10 * women), str(10 * men)) for side, (men, women) in sides]
     assert "<script>alert" not in page() and "</pre>" in page() and "&lt;/pre&gt;" in page()
+
+
+def test_a_judge_with_other_classes_has_no_target_lines() -> None:
+    found = content()
+    for model in ("original", "ema"):
+        found["bias"]["independent"]["gender"][model]["classes"] = ["Female", "Male"]
+    assert "<u style" not in html_report("mine", found, "", lambda index: Image.new("RGB", (4, 4)))
+
+
+def test_the_verdict_shown_is_the_independent_one_where_it_reads_what_is_aligned() -> None:
+    found = content()
+    found["bias"]["another"] = found["bias"]["training"]
+    assert shown_judge(found) == "independent"
+    found["bias"]["independent"] = {"age": found["bias"]["independent"]["gender"]}
+    assert shown_judge(found) == "training"
+
+
+def test_classes_have_colours_of_their_own() -> None:
+    for count in (2, 7, 8, 16):
+        assert len(set(colours(count))) == count
+
+
+def test_one_prompt_is_neither_the_most_nor_the_least_biased() -> None:
+    summary = summarize_bias(torch.tensor([[4, 0]]), torch.tensor([0]), ("man", "woman"))
+    one = results(["gender"], {}, {("training", "gender", "original"): summary}, {}, {"test_prompts": ["a chef"]})
+    shown = html_report("mine", one, "", lambda index: Image.new("RGB", (4, 4)))
+    assert (
+        "among the" not in shown
+        and "1 prompt." in shown
+        and "before" not in shown.split("<main>")[1].split("<h2>Limits")[0]
+    )
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
@@ -128,6 +164,7 @@ def test_browser_shows_it_without_complaint(width: int, tmp_path: Path) -> None:
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--hide-scrollbars",
         "--enable-logging=stderr",
         f"--user-data-dir={tmp_path}",
     ]
@@ -139,4 +176,6 @@ def test_browser_shows_it_without_complaint(width: int, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
     with Image.open(tmp_path / "page.png") as picture:
-        assert picture.width == width and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+        assert picture.width == width
+        edge = picture.convert("RGB").crop((width - 8, 0, width, picture.height))
+        assert len(edge.getcolors(1 << 24)) == 1  # nothing reaches beyond the page's margin

@@ -23,9 +23,8 @@ from fairness_dft.report import (
     GridSide,
     comparison_grid,
     print_results,
-    results,
-    write_json,
 )
+from fairness_dft.results import results, write_json
 from fairness_dft.significance import permutation_test
 
 GREYS = (40, 90, 140, 190, 240)
@@ -146,8 +145,8 @@ def test_results_survive_the_way_to_the_file_and_back(tmp_path: Path) -> None:
             assert models["original"]["without_face"] == 1
             assert models["ema"]["gap"] == pytest.approx(0) and models["original"]["gap"] > 0.5
             assert models["p_value"] == permutation_test([[9, 0], [6, 4]], [[4, 5], [5, 5]])
-            distance = (9 / 19 - 0.25) if attribute == "gender" else None
-            assert models["ema"].get("total_variation") == pytest.approx(distance)
+            distance = models["ema"].get("distance", {}).get("total_variation")
+            assert distance == (pytest.approx(9 / 19 - 0.25) if attribute == "gender" else None)
     assert found["kept"] == {"clip_t": {"original": 0.31, "ema": 0.3}, "dino": {"ema": 0.9}}
     assert found["attributes"] == ["gender"] and found["run"] == {"steps": 3} and found["version"] == 2
 
@@ -162,17 +161,35 @@ def test_what_only_the_training_classifier_sees() -> None:
         for model, counts in of.items()
     }
     agreement = {("training", "independent", "gender", "ema"): 0.7}
-    found = results(["gender"], {}, summaries, {}, {}, agreement=agreement)
-    assert found["agreement"] == {"training, independent": {"gender": {"ema": 0.7}}}
+    target = {"gender": {"man": 0.5, "woman": 0.5}}
+    found = results(["gender"], target, summaries, {}, {}, agreement=agreement)
+    assert found["agreement"] == {"training": {"independent": {"gender": {"ema": 0.7}}}}
+    assert results(["age"], {"age": {}}, summaries, {}, {})["only_training"] == {}  # gender was not aligned
     assert found["only_training"] == {"independent": {"gender": pytest.approx(0.7)}, "same": {"gender": 0}}
     worse = {key: summary for key, summary in summaries.items() if key[0] != "training"}
     worse |= {
         ("training", "gender", model): summarize_bias(torch.tensor([[5, 5]]), none[:1], CLASSES) for model in sides
     }
     first = {key: worse[key] for key in sorted(worse, key=lambda key: key[0] != "training")}
-    assert results(["gender"], {}, first, {}, {})["only_training"]["independent"] == {"gender": None}
+    assert results(["gender"], target, first, {}, {})["only_training"]["independent"] == {"gender": None}
     alone = {key: summary for key, summary in summaries.items() if key[2] == "original"}
-    assert results(["gender"], {}, alone, {}, {})["only_training"] == {}
+    assert results(["gender"], target, alone, {}, {})["only_training"] == {}
+
+
+def test_distances_are_left_out_where_prompts_have_targets_of_their_own() -> None:
+    target = {"gender": {"man": 0.5, "woman": 0.5}}
+    measured = summaries([[9, 0], [0, 9]], [[4, 5], [5, 5]])
+    found = results(["gender"], target, measured, {}, {})["bias"]["training"]["gender"]["original"]
+    assert found["distance"]["total_variation"] == 0  # all prompts together are even
+    assert found["distance"]["total_variation_by_prompt"] == 0.5
+    own = results(["gender"], target, measured, {}, {"other_targets": ["chef"]})
+    assert "distance" not in own["bias"]["training"]["gender"]["original"]
+
+
+def test_pictures_are_wide_enough_for_their_words() -> None:
+    narrow = comparison_grid([row({"original": [0]})], {"gender": CLASSES})
+    wide = comparison_grid([GridRow("a long prompt " * 9, row({"original": [0]}).sides)], {"gender": CLASSES})
+    assert narrow.width > 300 and wide.width > 700
 
 
 def test_concepts_have_their_own_figures(tmp_path: Path) -> None:

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from scipy.stats import entropy, hypergeom, multinomial
 
-from fairness_dft.significance import bias, gap_without_chance, permutation_test, target_distance
+from fairness_dft.significance import (
+    bias,
+    distance_by_prompt,
+    gap_by_chance,
+    gap_without_chance,
+    permutation_test,
+    target_distance,
+)
 
 
 def squared(counts: list[int]) -> float:
@@ -35,6 +42,25 @@ def test_gap_without_chance_by_hand() -> None:
     assert gap_without_chance([[3, 1, 2]]) == pytest.approx(np.sqrt(max(squared([3, 1, 2]), 0)))
     assert gap_without_chance([[5, 5], [3, 3]]) == 0
     assert np.isnan(gap_without_chance([[1, 0], [0, 0]]))
+
+
+def test_gap_by_chance_is_what_fair_models_stay_below() -> None:
+    random = np.random.default_rng(3)
+    for images, classes in (([48] * 25, 2), ([20, 40, 60], 4)):
+        limit = gap_by_chance(images, classes)
+        gaps = [gap_without_chance(random.multinomial(images, [1 / classes] * classes)) for _ in range(2000)]
+        assert np.mean(np.array(gaps) <= limit) == pytest.approx(0.95, abs=0.02)
+    assert np.isnan(gap_by_chance([1, 0], 2))
+
+
+def test_a_turned_model_is_another_one() -> None:
+    """Its bias is the same, but the models are not: the null hypothesis is about them."""
+    random = np.random.default_rng(2)
+    turned = [
+        permutation_test(random.multinomial(48, [0.7, 0.3], 10), random.multinomial(48, [0.3, 0.7], 10), 200, seed)
+        for seed in range(60)
+    ]
+    assert np.mean(np.array(turned) <= 0.05) > 0.1
 
 
 def test_permutation_test_is_the_hypergeometric_law() -> None:
@@ -84,6 +110,17 @@ def test_under_the_null_small_values_are_rare() -> None:
         for i in range(200)
     ]
     assert 0.01 < np.mean(np.array(values) <= 0.1) < 0.18
+
+
+def test_distance_by_prompt_and_its_floor() -> None:
+    counts, target = [[6, 4], [0, 10], [0, 0], [2, 1]], [0.25, 0.75]
+    found, floor = distance_by_prompt(counts, target)
+    assert found == pytest.approx((0.35 + 0.25 + (2 / 3 - 0.25)) / 3)
+    random = np.random.default_rng(0)
+    drawn = [distance_by_prompt([random.multinomial(n, target) for n in (10, 10, 3)], target)[0] for _ in range(4000)]
+    assert floor == pytest.approx(np.mean(drawn), abs=0.01)
+    assert distance_by_prompt([[1, 1]], [0.5, 0.5])[1] == pytest.approx(0.25)  # 2 of 4 outcomes are all alike
+    assert np.isnan(distance_by_prompt([[0, 0]], target)).all()
 
 
 def test_target_distance_is_scipys() -> None:

@@ -1,0 +1,102 @@
+"""What an audit looks at: a model that draws, with its images kept on disk, or images that others made."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+from typing_extensions import override
+
+from fairness_dft.classifiers import Judge
+from fairness_dft.diffusers_adapter import NoAdapter
+from fairness_dft.html_report import Grid
+from fairness_dft.image_store import ImageFolder, ImageStore
+from fairness_dft.module import FairFinetuning
+from fairness_dft.prompt_files import Prompt
+from fairness_dft.prompts import PromptBatch
+from fairness_dft.report import GridRow, GridSide, comparison_grid
+
+AT_ONCE = 64  # images that are drawn, or read, at a time
+PICTURED = 12  # images of a prompt in the report
+
+
+class Audit(FairFinetuning):
+    """A model that is looked at, or images that others made.
+
+    Attributes:
+        source: where images come from.
+    """
+
+    source: ImageStore | ImageFolder
+
+    @override
+    def configure_model(self) -> None:
+        if isinstance(self.source, ImageStore):
+            return super().configure_model()
+        if not self.loaded:
+            self.judge.load()
+            self.distributions = self.attribute.distributions(
+                {name: self.judge.classes(name) for name in self.attribute.names}
+            )
+            for network in self.features:
+                network.load()
+            self.loaded = True
+
+    @property
+    def models(self) -> list[str]:
+        """Which models are looked at: `original`, and `ema` where there is an adapter or a pair of folders."""
+        if isinstance(self.source, ImageFolder):
+            return self.source.models
+        return ["original"] if type(self.adapter) is NoAdapter else ["original", "ema"]
+
+    @override
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
+        if isinstance(self.source, ImageFolder):
+            return {model: self.source.images(model, batch.prompt.text, batch.seeds) for model in self.models}
+        return {model: self.draw(model, batch) for model in self.models}
+
+    def draw(self, model: str, batch: PromptBatch) -> Tensor:
+        """A model's images of a batch, drawn as a finetuning is tested where they are not there yet."""
+
+        def make(seeds: Tensor) -> Tensor:
+            return self.compare(replace(batch, seeds=seeds), (model,))[model]
+
+        chunks = batch.seeds.split(AT_ONCE)
+        return torch.cat([self.source.images(model, batch.prompt.text, chunk, make) for chunk in chunks])
+
+
+class FolderPrompts:
+    """The prompts of an `ImageFolder`, with the numbers of their images for seeds, some at a time."""
+
+    def __init__(self, folder: ImageFolder) -> None:
+        self.batches = [
+            PromptBatch(prompt=Prompt(text, text, "images"), index=index, seeds=numbers)
+            for index, text in enumerate(folder.prompts)
+            for numbers in torch.arange(len(folder.files["original"][text])).split(AT_ONCE)
+        ]
+        self.prompt_count = len(folder.prompts)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        return iter(self.batches)
+
+
+def grids(module: Audit, judge: Judge, loader: Iterable[PromptBatch]) -> Grid:
+    """Draws the pictures of a prompt, by its index, as a judge sees them."""
+    classes = {name: judge.classes(name) for name in module.attribute.names}
+    batches = {batch.index: batch for batch in reversed(list(loader))}  # the first of each prompt
+
+    @torch.no_grad()
+    def grid(index: int) -> Image.Image:
+        row = GridRow(batches[index].prompt.text)
+        few = replace(batches[index], seeds=batches[index].seeds[:PICTURED].to(module.device))
+        for model, images in module.test_step(few, index).items():
+            verdict = judge(images)
+            seen = torch.stack([verdict.classes(name) for name in classes], 1)
+            row.sides[model] = GridSide(images.cpu(), seen.cpu(), verdict.face.cpu())
+        return comparison_grid([row], classes)
+
+    return grid

@@ -1,0 +1,76 @@
+"""Adapters that are only looked at, against those that they were exported from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_adapters import EXPORTED, load, predict, randomize
+from tiny import build_tiny_pipeline
+from torch.testing import assert_close
+
+from fairness_dft.diffusers_adapter import DiffusersAdapter, NoAdapter
+from fairness_dft.export import kohya
+from fairness_dft.sampler import Sampler
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+@pytest.mark.parametrize("layout", ["folder", "file", "kohya"])
+def test_it_is_the_adapter_that_was_exported(folder: Path, kind: str, layout: str, tmp_path: Path) -> None:
+    model, adapter = load(folder), EXPORTED[kind]()
+    adapter.attach(model)
+    randomize(adapter)
+    files = adapter.save(tmp_path)
+    path = tmp_path
+    if layout == "file":
+        if len(files) > 1:
+            return
+        path = files[0]
+    elif layout == "kohya":
+        weights = kohya(adapter, "ema")
+        if not weights or len(files) > 1:
+            return
+        path = tmp_path / "kohya.safetensors"
+        save_file(weights, path)
+    other, ours = load(folder), DiffusersAdapter(str(path))
+    original = predict(other)
+    ours.attach(other)
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    with adapter.using("ema"):
+        expected = predict(model)
+    assert (expected - original).abs().max() > 1e-3
+    assert_close(predict(other), expected, rtol=1e-4, atol=1e-5)
+    with ours.using("original"):
+        assert_close(predict(other), original, rtol=0, atol=0)
+    assert_close(predict(other), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_original_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:
+    """Also its scheduler, whose settings diffusers' pipeline would change."""
+    adapter = EXPORTED["text_encoder"]()
+    adapter.attach(load(folder))
+    adapter.save(tmp_path)
+    images, settings = [], []
+    for looked in (NoAdapter(), DiffusersAdapter(str(tmp_path))):
+        model = load(folder)
+        looked.attach(model)
+        with looked.using("original"), torch.no_grad():
+            images.append(Sampler(steps=3, guidance_scale=2.0)(model, "a chef", model.noise(torch.arange(2))))
+        settings.append(dict(model.scheduler.config))
+    assert torch.equal(*images)
+    assert settings[0] == settings[1]
+
+
+def test_a_model_of_another_layout_is_refused(folder: Path, tmp_path: Path) -> None:
+    adapter = EXPORTED["text_encoder"]()
+    adapter.attach(load(folder))
+    adapter.save(tmp_path)
+    model = load(folder)
+    del model.unet
+    with pytest.raises(ValueError, match="has no unet, which diffusers' adapters need"):
+        DiffusersAdapter(str(tmp_path)).attach(model)
