@@ -1,5 +1,6 @@
 """TensorBoard's page of a run: one look at bias, losses, what is kept and speed, and a row in the table of runs."""
 
+import re
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ def layout(names: tuple[str, ...] | list[str]) -> Layout:
     product = [TIMES.join(names)] if len(names) > 1 else []
     bias, frequencies = {}, {}
     for name in [*product, *names]:
-        tag = name.replace(TIMES, "_")
-        bias[f"bias of {name} (validation)"] = multiline(rf"^bias_{tag}/(original|ema|ema_independent|floor)$")
+        tag = re.escape(name.replace(TIMES, "_"))
+        bias[f"bias of {name} (validation)"] = multiline(rf"^bias_{tag}/(original|ema|ema_.+|floor)$")
         frequencies[f"frequencies of {name}, and targets"] = multiline(rf"^frequency_{tag}/.*_(ema|target)$")
     return {
         "bias": bias,
@@ -71,7 +72,7 @@ def final_metrics(content: dict[str, Any]) -> dict[str, float]:
     """
     found = {}
     for judge, seen in content["bias"].items():
-        for name in content["attributes"]:
+        for name in dict.fromkeys((TIMES.join(content["attributes"]), *content["attributes"])):
             if name in seen:
                 found[f"test/bias_{name}_{judge}"] = seen[name]["ema"]["bias"]
                 found[f"test/floor_{name}_{judge}"] = seen[name]["ema"]["floor"]
