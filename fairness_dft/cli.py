@@ -243,16 +243,16 @@ def way_out(message: str, options: Iterable[str], example: str) -> str:
     unknown = re.search(r"unrecognized arguments: -*([^ =]+)|(?:Group '(.+)' .+ o|O)ption '(.+?)'", message)
     if not unknown:
         return ""
-    name, dashes = ".".join(filter(None, unknown.groups())), "--"
+    name, dashes, options = ".".join(filter(None, unknown.groups())), "--", set(options)
     if name.endswith((".yaml", ".yml")):
         return f"; write --config {name}"
     if classes := CLASS.findall(message):
         parents = getattr(locate(classes[-1]), "__mro__", ())
         options, dashes = {option for parent in parents for option in signature(parent.__init__).parameters}, ""
-    close = get_close_matches(name, set(options) - {name}, n=1)
+    close = get_close_matches(name, options - {name}, n=1)
     if close:
         return f"; did you mean {dashes}{close[0]}?"
-    return f"; --{'print_config' if 'print_config' in options else 'help'} shows what there is"
+    return f"; --{'print_config' if 'config' in options else 'help'} shows what there is"
 
 
 def resumable(file: Path) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -152,10 +150,3 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         told = [line for line in capsys.readouterr().err.splitlines() if line]
         assert stopped.value.code == 2 and len(told) == 1 and told[0].startswith("error: ") and said in told[0], told
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["precious.png"] and not (tmp_path / "new").exists()
-
-
-def test_the_command_runs(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fairness_dft.generate", f"--run={run}", '--prompts=["a chef"]', "--images=1"]
-    done = subprocess.run([*command, f"--output={tmp_path / 'new'}"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "Picture: " in done.stdout and "Warning" not in done.stderr and (tmp_path / "new" / "grid.png").is_file()
