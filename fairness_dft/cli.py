@@ -244,6 +244,7 @@ def way_out(message: str, options: Iterable[str], example: str) -> str:
     if not unknown:
         return ""
     name, dashes, options = ".".join(filter(None, unknown.groups())), "--", set(options)
+    more = "--print_config" if "config" in options else "--help"
     if name.endswith((".yaml", ".yml")):
         return f"; write --config {name}"
     if classes := CLASS.findall(message):
@@ -252,7 +253,7 @@ def way_out(message: str, options: Iterable[str], example: str) -> str:
     close = get_close_matches(name, options - {name}, n=1)
     if close:
         return f"; did you mean {dashes}{close[0]}?"
-    return f"; --{'print_config' if 'config' in options else 'help'} shows what there is"
+    return f"; {more} shows what there is"
 
 
 def resumable(file: Path) -> None:
