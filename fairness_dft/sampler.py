@@ -72,6 +72,7 @@ class Sampler:
         checkpoint: Whether to save memory by computing the activations of each step again in the backward
             pass.
         decode_chunk: The number of images that the decoder, or a feature network, works on at a time.
+        images_at_once: The number of images that are sampled at a time where no graph is built; all by default.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -85,6 +86,7 @@ class Sampler:
         gradient: GradientPath | None = None,
         checkpoint: bool = True,
         decode_chunk: int = 8,
+        images_at_once: int | None = None,
     ) -> None:
         if steps < 1:
             raise ValueError(f"`steps` must be at least 1, but got {steps}")
@@ -92,12 +94,15 @@ class Sampler:
             raise ValueError(f"`steps_max` must be at least `steps` ({steps}), but got {steps_max}")
         if decode_chunk < 1:
             raise ValueError(f"`decode_chunk` must be at least 1, but got {decode_chunk}")
+        if images_at_once is not None and images_at_once < 1:
+            raise ValueError(f"`images_at_once` must be at least 1, but got {images_at_once}")
         self.steps = steps
         self.steps_max = steps if steps_max is None else steps_max
         self.guidance_scale = guidance_scale
         self.gradient = gradient or GradientPath.adjusted()
         self.checkpoint = checkpoint
         self.decode_chunk = decode_chunk
+        self.images_at_once = images_at_once
 
     def draw_steps(self, generator: Generator | None = None) -> int:
         """Draws a number of steps, from `steps` to `steps_max`; calls to be compared must share one draw."""
@@ -130,11 +135,16 @@ class Sampler:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if len(prompts) not in (1, len(noise)):
             raise ValueError(f"`prompts` must be one, or one for each of the {len(noise)} images; got {len(prompts)}")
+        steps = self.draw_steps(generator) if steps is None else steps
+        if self.images_at_once and len(noise) > self.images_at_once and not torch.is_grad_enabled():
+            several = prompts if len(prompts) > 1 else prompts * len(noise)
+            starts = range(0, len(noise), self.images_at_once)
+            parts = [slice(start, start + self.images_at_once) for start in starts]
+            return torch.cat([self(model, several[part], noise[part], steps, generator) for part in parts])
         embeddings = model.encode([*prompts, ""])
         conditioning = embeddings[:-1].expand(len(noise), -1, -1)
         unconditional = embeddings[-1:].expand(len(noise), -1, -1)
 
-        steps = self.draw_steps(generator) if steps is None else steps
         scheduler = copy.deepcopy(model.scheduler)  # it keeps the history of its multistep solver
         scheduler.set_timesteps(steps, device=noise.device)
         path = self._path(model.scheduler, steps, len(scheduler.timesteps), generator)

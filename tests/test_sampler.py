@@ -205,6 +205,25 @@ def test_each_image_follows_its_own_prompt(toy: Toy) -> None:
     assert_close(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_some_images_at_a_time_are_those_of_all(toy: Toy, scheduler: str, monkeypatch) -> None:
+    toy.scheduler = getattr(diffusers, scheduler)()
+    sizes, guided = [], toy.guided
+    monkeypatch.setattr(toy, "guided", lambda latents, *rest: sizes.append(len(latents)) or guided(latents, *rest))
+    for prompts in ("a chef", ["a chef", "a nurse", "a judge", "a pilot", "a cook"]):
+        with torch.no_grad():
+            whole = Sampler(steps=3)(toy, prompts, toy_noise(5))
+            assert set(sizes) == {5}
+            sizes.clear()
+            parts = Sampler(steps=3, images_at_once=2)(toy, prompts, toy_noise(5))
+        assert sizes == [2] * 6 + [1] * 3
+        assert_close(parts, whole)
+        sizes.clear()
+        Sampler(steps=3, images_at_once=2)(toy, prompts, toy_noise(5))
+        assert set(sizes) == {5}  # where gradients are wanted, the batch stays whole
+        sizes.clear()
+
+
 def test_guidance_scale_one_calls_the_network_with_one_batch(toy: Toy, monkeypatch) -> None:
     sizes = []
     denoise = toy.denoise
@@ -258,6 +277,7 @@ def test_a_function_in_chunks_is_the_function(rows: int, checkpoint: bool) -> No
         ({"steps": 0}, "`steps` must be at least 1, but got 0"),
         ({"steps": 5, "steps_max": 4}, r"`steps_max` must be at least `steps` \(5\), but got 4"),
         ({"decode_chunk": 0}, "`decode_chunk` must be at least 1, but got 0"),
+        ({"images_at_once": 0}, "`images_at_once` must be at least 1, but got 0"),
     ],
 )
 def test_sampler_refuses(options: dict, message: str) -> None:
