@@ -20,7 +20,7 @@ from fairness_dft.fit import main as fit
 
 ROOT = PORTRAITS.parents[1]
 KINDS = {
-    "text_encoder": ("fairness_dft.adapters.TextEncoderLoRA", {"rank": 3, "alpha": 2.0, "strength": 1.5}),
+    "text_encoder": ("fairness_dft.adapters.TextEncoderLoRA", {"rank": 3, "alpha": 2.0, "strength": 2.5}),
     "both": ("fairness_dft.adapters.Combined", {}),
     "prefix": ("fairness_dft.prompt_prefix.PromptPrefix", {"length": 2}),
 }
