@@ -67,7 +67,8 @@ def comparison_grid(rows: Sequence[GridRow], classes: Mapping[str, Sequence[str]
     pen = ImageDraw.Draw(canvas)
     for side, model in enumerate(models):
         left = MARGIN + side * (block + MARGIN)
-        pen.text((left, 14), TITLES.get(model, model), fill="black", font=_font(22))
+        if len(models) > 1:  # one alone is neither before nor after
+            pen.text((left, 14), TITLES.get(model, model), fill="black", font=_font(22))
         for number, row in enumerate(rows):
             top = head + number * row_height
             if side == 0:

@@ -192,6 +192,15 @@ def test_pictures_are_wide_enough_for_their_words() -> None:
     assert narrow.width > 300 and wide.width > 700
 
 
+def test_one_model_alone_is_not_called_before() -> None:
+    def title(sides: dict[str, list[int]]) -> set[tuple[int, ...]]:
+        picture = comparison_grid([row(sides)], {"gender": CLASSES})
+        return {colour for _, colour in picture.crop((0, 0, picture.width, 42)).getcolors(1 << 16)}
+
+    assert title({"original": [0, 1]}) == {(255, 255, 255)}
+    assert len(title({"original": [0, 1], "ema": [0, 1]})) > 1
+
+
 def test_concepts_have_their_own_figures(tmp_path: Path) -> None:
     apart = {"occupation": ([[9, 0], [6, 4]], [[4, 5], [5, 5]]), "sport": ([[0, 8], [8, 0]], [[4, 4], [4, 4]])}
     concepts = {concept: summaries(*sides) for concept, sides in apart.items()}
