@@ -1,0 +1,249 @@
+"""Diagnose the gradient: `python -m fairness_dft.diagnose --config experiments/gender.yaml`.
+
+The settings are those of `fairness_dft.fit`. Two questions are answered, each with a picture and a table: how large a
+part each sampling step has in the gradient, exactly and without the coupling of the steps (Fig. 1b of the paper), and
+how well the gradients of independent training batches agree, for each way of computing them and at the same cost.
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from fairness_dft.cli import MONITORS, FairnessCLI, new_folder, run_main
+from fairness_dft.diagnosis import DEVIATION, PATHS, GradientStatistics, clipped, flatten, passes, step_gradients
+from fairness_dft.module import FairFinetuning
+from fairness_dft.prompts import PromptBatch
+
+PARTS = {
+    "exact": "|k_t B_t ∂ε_t/∂θ|, exact",
+    "detached": "|k_t ∂ε_t/∂θ|, steps detached",
+    "bare": "|∂ε_t/∂θ|, without the solver's weight",
+}
+BUDGET = 8  # gradients of all steps, whose cost is given to every path
+
+
+class Diagnosis(FairFinetuning):
+    """A finetuning that computes gradients of training batches and takes no step.
+
+    Attributes:
+        gradients: of the batches seen, each with shape (P,), on the CPU.
+    """
+
+    gradients: list[Tensor] = []
+
+    @override
+    def on_test_start(self) -> None:
+        self.gradients = []
+
+    @override
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self.batch = batch_idx
+        parameters = self.adapter.parameters()
+        with torch.enable_grad():
+            loss = self.training_step(batch, batch_idx)
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        self.gradients.append(flatten(found, parameters).cpu())
+
+    @override
+    def randomness(self) -> Generator:
+        return Generator().manual_seed(self.seed * 1_000_003 + self.batch)
+
+
+class DiagnoseCLI(FairnessCLI):
+    """`fairness_dft.fit`'s settings, and what a diagnosis needs besides.
+
+    Raises:
+        ValueError: in one line, for any mistake in configuration, before a model is loaded.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        example = "--config experiments/gender.yaml --config experiments/parts/portraits.yaml"
+        super().__init__(args, "diagnose", Diagnosis, example)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.set_defaults({"output": "diagnoses"})
+        parser.add_argument("--noises", type=int, default=8, help="Initial noises of the step by step picture.")
+        parser.add_argument("--batches", type=int, default=16, help="Training batches whose gradients are compared.")
+
+    @property
+    def folder(self) -> Path:
+        """The diagnosis's folder."""
+        return Path(self.config.output, self.config.name)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        for name, least in (("noises", 2), ("batches", 2)):
+            if self.config[name] < least:
+                raise ValueError(f"--{name} must be at least {least}, but is {self.config[name]}")
+        if self.config.ckpt_path is not None:
+            raise ValueError("--ckpt_path: a diagnosis looks at the start of a finetuning, and reads no checkpoint")
+        new_folder(self.folder)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.trainer_defaults["callbacks"] = []
+        settings = {"logger": False, "default_root_dir": str(self.folder), "enable_checkpointing": False}
+        settings |= {"inference_mode": False, "limit_test_batches": self.config.batches}
+        return super(FairnessCLI, self).instantiate_trainer(**kwargs, **settings)
+
+
+def main(args: ArgsType = None) -> None:
+    """Compute the gradients, and write pictures and tables into the diagnosis's folder.
+
+    Raises:
+        ValueError: in one line, for what the user can mend.
+    """
+    cli = DiagnoseCLI(args)
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    if trainer.world_size > 1:
+        raise ValueError(f"--trainer.devices: a diagnosis takes one device, but got {trainer.world_size}")
+    data.check(["train"], 1)
+    prompts = data.prompts("train")
+    if len(prompts) < cli.config.batches:
+        raise ValueError(f"--batches must be at most the number of training prompts, {len(prompts)}")
+    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, tuple(MONITORS.values()))]
+    module.generator.check()
+    module.configure_model()
+    statistics = compare_paths(trainer, module, list(data.train_dataloader())[: cli.config.batches])
+    norms = steps_table(module.to(trainer.strategy.root_device), prompts[0].text, cli.config.noises)
+
+    folder = cli.folder
+    write_table(folder / "steps.csv", ["noise", "timestep", "coefficient", *PARTS], norms)
+    rows = [paths_row(name, found, cost, module.sampler.steps) for name, (found, cost) in statistics.items()]
+    write_table(folder / "paths.csv", list(rows[0]), [list(row.values()) for row in rows])
+    draw_steps(folder / "steps.png", norms, prompts[0].text)
+    draw_paths(folder / "paths.png", rows)
+    print_paths(rows)
+    print(f"Pictures: {folder / 'steps.png'} and {folder / 'paths.png'}\nTables:   steps.csv and paths.csv beside them")
+
+
+def compare_paths(
+    trainer: Trainer, module: Diagnosis, batches: Sequence[PromptBatch]
+) -> dict[str, tuple[GradientStatistics, float]]:
+    """For every gradient path how its gradients of the same batches relate, and what one costs in network passes."""
+    found, steps = {}, module.sampler.steps
+    loader = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
+    for name, path in PATHS.items():
+        if path.count is not None and path.count > steps:
+            continue
+        module.sampler.gradient = path
+        trainer.test(module, dataloaders=loader, verbose=False)
+        gradients = torch.stack(module.gradients)
+        found[name] = GradientStatistics.of(gradients), passes(path, steps)
+        if name == "naive":
+            found["naive, clipped"] = GradientStatistics.of(clipped(gradients)), passes(path, steps)
+    return found
+
+
+def steps_table(module: FairFinetuning, prompt: str, noises: int) -> list[list[float]]:
+    """For every noise and sampling step: noise, timestep, k_t and the three norms of `StepGradient.norms`."""
+    rows, sampler = [], module.sampler
+    for number in range(noises):
+        noise = module.generator.noise(torch.tensor([number]))
+        random = Generator().manual_seed(module.seed * 1_000_003 + number)
+        direction = DEVIATION * torch.randn(noise.shape, generator=random).to(noise)
+        with module.adapter.using("trained"):
+            for step in step_gradients(
+                module.generator, module.adapter, prompt, noise, direction, sampler.steps, sampler.guidance_scale
+            ):
+                rows.append([number, step.timestep, step.coefficient, *step.norms()])
+    return rows
+
+
+def paths_row(name: str, found: GradientStatistics, cost: float, steps: int) -> dict[str, Any]:
+    """What is told of one gradient path."""
+    return {
+        "path": name,
+        "norm": found.norm,
+        "deviation": found.deviation,
+        "relative_variance": found.relative_variance,
+        "alignment": found.alignment(),
+        "passes": cost,
+        "alignment_at_equal_cost": found.alignment(BUDGET * 2 * steps / cost),
+    }
+
+
+def write_table(file: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a CSV file."""
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def print_paths(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table of gradient paths."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("gradient", "norm ± deviation", "noise / signal", "cosine", "passes", "cosine at equal cost")
+    for row in rows:
+        table.add_row(
+            row["path"],
+            f"{row['norm']:.3g} ± {row['deviation']:.2g}",
+            f"{row['relative_variance']:.3g}",
+            f"{row['alignment']:.2f}",
+            f"{row['passes']:g}",
+            f"{row['alignment_at_equal_cost']:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "cosine: of the gradients of two independent batches; at equal cost: of the means of as many as cost the "
+        f"network passes of {BUDGET} gradients of all steps",
+        style="dim",
+    )
+
+
+def draw_steps(file: Path, rows: Sequence[Sequence[float]], prompt: str) -> None:
+    """Draw the three norms against t, each with the band between the 10th and 90th percentile over noises."""
+    figure, axes = canvas()
+    table = np.array(rows)
+    timesteps = np.unique(table[:, 1])
+    for column, label in enumerate(PARTS.values(), start=3):
+        values = np.stack([table[table[:, 1] == t, column] for t in timesteps])
+        middle, low, high = np.median(values, 1), *np.percentile(values, (10, 90), axis=1)
+        (line,) = axes.plot(timesteps, middle, marker="o", markersize=3, label=label)
+        axes.fill_between(timesteps, low, high, color=line.get_color(), alpha=0.2)
+    axes.set(xlabel="timestep t (noise on the right)", ylabel="norm of the gradient of θ", yscale="log")
+    axes.set_title(f"The part of each sampling step\n{prompt}", fontsize=10)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
+def draw_paths(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw how well independent gradients agree, for each path: of one batch, and at the same cost."""
+    figure, axes = canvas()
+    places = np.arange(len(rows))
+    for shift, key, label in ((-0.2, "alignment", "one batch"), (0.2, "alignment_at_equal_cost", "at equal cost")):
+        axes.barh(places + shift, [row[key] for row in rows], 0.4, label=label)
+    axes.set_yticks(places, [row["path"] for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="cosine between gradients of independent batches", xlim=(0, 1))
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
+def canvas() -> tuple[Any, Any]:
+    """A figure with axes, without a screen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+if __name__ == "__main__":
+    run_main(main)
