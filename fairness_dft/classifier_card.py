@@ -72,7 +72,7 @@ def temperature(logits: Tensor, labels: Tensor) -> float:
         labels: class indices or `UNKNOWN`, int64 with shape (n,).
 
     Returns:
-        T, between 0.05 and 20; 1 where no label is known.
+        T, between 0.05 and 20; 1 where no label is known, or all are right: the surer, the better they would then be.
 
     References:
         On Calibration of Modern Neural Networks (Guo et al., 2017), https://arxiv.org/abs/1706.04599
@@ -80,9 +80,9 @@ def temperature(logits: Tensor, labels: Tensor) -> float:
     from scipy.optimize import minimize_scalar
 
     known = labels != UNKNOWN
-    if not known.any():
-        return 1.0
     logits, labels = logits[known].double().cpu(), labels[known].cpu()
+    if (logits.argmax(1) == labels).all():
+        return 1.0
     found = minimize_scalar(
         lambda log: cross_entropy(logits * math.exp(-log), labels).item(),
         bounds=(math.log(0.05), math.log(20)),

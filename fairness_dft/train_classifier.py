@@ -64,6 +64,8 @@ class ClassifierTraining(LightningModule):
         noise: largest standard deviation of the noise that is added to pictures, which are in [0, 1]. Under noise a
             classifier's gradient follows what is seen rather than single pixels (Santurkar et al., 2019,
             https://arxiv.org/abs/1906.09453), and finetuning learns from that gradient.
+        calibrated: divide the logits by temperatures. A classifier whose labels were smoothed becomes surer by that; as
+            it is, its soft verdicts rank the images to which finetuning assigns targets.
 
     Attributes:
         verdicts: after an evaluation, all logits and labels of each head.
@@ -78,13 +80,14 @@ class ClassifierTraining(LightningModule):
         balance: bool = True,
         smoothing: float = 0.0,
         noise: float = 0.0,
+        calibrated: bool = True,
     ) -> None:
         super().__init__()
         if not 0 <= smoothing < 1 or not noise >= 0:
             raise ValueError(f"`smoothing` must be in [0, 1) and `noise` not negative, but got {smoothing} and {noise}")
         self.backbone, self.pretrained = backbone, pretrained
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.balance, self.smoothing, self.noise = balance, smoothing, noise
+        self.balance, self.smoothing, self.noise, self.calibrated = balance, smoothing, noise, calibrated
         self.verdicts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def load(self, data: LabelledFaces) -> None:
@@ -186,7 +189,7 @@ class ClassifierTraining(LightningModule):
         Returns:
             The temperature of each head.
         """
-        temperatures = {head: temperature(*self.verdicts[head]) for head in self.heads}
+        temperatures = {head: temperature(*self.verdicts[head]) if self.calibrated else 1.0 for head in self.heads}
         rows = [temperatures[head] for head, classes in self.heads.items() for _ in classes]
         scale = torch.tensor(rows, device=self.last.weight.device)
         self.last.weight.div_(scale[:, None])

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -43,7 +44,7 @@ NAMES = {"gender": GENDERS, "race": SKINS, "age": AGES}
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn faces, with a table; every tenth age is not known."""
     folder = tmp_path_factory.mktemp("faces")
-    portraits = draw_portraits(700, seed=5, balanced=True)
+    portraits = draw_portraits(705, seed=5, balanced=True)
     rows = []
     for i in portraits.labels["face"].nonzero().flatten().tolist():
         Image.fromarray(portraits.pictures[i].permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
@@ -214,6 +215,17 @@ def test_temperature_undoes_a_scale(true: float) -> None:
     found = temperature(torch.from_numpy(logits * true), torch.from_numpy(labels))
     assert found == pytest.approx(true, rel=0.05)
     assert temperature(torch.zeros(2, 2), torch.full((2,), UNKNOWN)) == 1
+    assert temperature(torch.eye(3), torch.arange(3)) == 1  # without an error, there is no best one
+
+
+def test_calibration_can_be_left_out() -> None:
+    training = ClassifierTraining(calibrated=False)
+    training.heads, training.last = {"gender": ("man", "woman")}, torch.nn.Linear(3, 2)
+    training.verdicts = {"gender": (torch.eye(2).repeat(5, 1), torch.tensor([0, 1] * 4 + [1, 0]))}
+    before = training.last.weight.clone()
+    assert training.calibrate() == {"gender": 1} and torch.equal(training.last.weight, before)
+    training.calibrated = True
+    assert training.calibrate()["gender"] != 1 and not torch.equal(training.last.weight, before)
 
 
 def test_balanced_weights_give_every_class_the_same_share(tmp_path: Path, backbone: Path) -> None:
@@ -373,7 +385,8 @@ def test_two_processes_count_every_picture_once(faces: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "experiments" / "classifiers").glob("*.yaml")))
 def test_every_classifier_experiment_asks_for_its_data(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--data: there is no folder 'fairface'"):
+    folder = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]["init_args"]["folder"]
+    with pytest.raises(ValueError, match=f"--data: there is no folder '{folder}'"):
         main([f"--config={file}", f"--output={tmp_path / 'new'}", "--trainer.accelerator=cpu", "--trainer.devices=1"])
 
 
