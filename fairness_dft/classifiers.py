@@ -236,6 +236,11 @@ class Judge(nn.Module):
         heads = [self.classifier.heads[name] for name in attributes_of(attribute)]
         return tuple(", ".join(names) for names in product(*heads))
 
+    def every(self, images: Tensor) -> Verdict:
+        """Judge all faces of images with shape (N, 3, H, W), in [0, 1], one row for each and for each image without."""
+        faces, _ = self.faces.every(images)
+        return Verdict(self.classifier(faces.crops), faces.mask, faces.boxes, faces.landmarks)
+
     def forward(self, images: Tensor) -> Verdict:
         """Judge images with shape (N, 3, H, W), in [0, 1]; differentiable in the logits."""
         if self.asks_itself:

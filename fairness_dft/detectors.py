@@ -36,8 +36,8 @@ class Detections:
     boxes: np.ndarray
     landmarks: np.ndarray
 
-    def largest(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Box and landmarks of the face with the largest area, with shapes (4,) and (5, 2); None without a face.
+    def faces(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Box and landmarks of each face, with shapes (4,) and (5, 2), by their area, the largest first.
 
         Boxes without an area, and landmarks that all lie on one point, are no face.
         """
@@ -45,9 +45,11 @@ class Detections:
         spread = np.ptp(self.landmarks, axis=1).max(1, initial=0.0)
         areas = np.where((sides > 0).all(1) & (spread > 0), np.prod(sides, axis=1), 0)
         areas = np.where(np.isfinite(areas) & np.isfinite(spread), areas, 0)
-        if not areas.any():
-            return None
-        return self.boxes[areas.argmax()], self.landmarks[areas.argmax()]
+        return [(self.boxes[i], self.landmarks[i]) for i in np.argsort(-areas, kind="stable") if areas[i] > 0]
+
+    def largest(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The first of `faces`; None without a face."""
+        return next(iter(self.faces()), None)
 
 
 class FaceDetector(ABC):

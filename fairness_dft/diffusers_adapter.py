@@ -3,6 +3,7 @@
 Neither is trained. `ema` and `trained` are the same model, which differs from `original` by what the files hold.
 """
 
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing_extensions import override
 
 from fairness_dft.adapters import Adapter, LoRA, Name
 from fairness_dft.diffusion import TextToImage
-from fairness_dft.loading import one_line, quiet, resolve
+from fairness_dft.loading import one_line, quiet, weights_or_hub
 from fairness_dft.prompt_prefix import PromptPrefix
 
 
@@ -39,21 +40,22 @@ class DiffusersAdapter(NoAdapter):
     The words of a textual inversion stand before every prompt but the empty one.
 
     Args:
-        path: a safetensors file, or a folder with a LoRA, textual inversions, or both.
+        path: a safetensors file, or a folder with a LoRA, textual inversions, or both; here or on the Hugging Face
+            hub, as owner/repository or owner/repository/file.
 
     Raises:
         ValueError: if there is none, there are several LoRAs, or one cannot be read.
     """
 
     def __init__(self, path: str) -> None:
-        self.path = resolve(path)
+        self.path = weights_or_hub(path)
         self.files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
         if (self.path / LoRA.file).is_file():  # others are the same in another layout
             self.files = [file for file in self.files if file.name in (LoRA.file, PromptPrefix.file)]
         if not self.files:
             raise ValueError(
-                f"--adapter: {path!r} is no safetensors file, nor a folder with any; what lies on the Hugging Face hub "
-                "comes by `hf download`"
+                f"--adapter: {path!r} is no safetensors file, nor a folder with any, nor owner/repository or "
+                "owner/repository/file on the Hugging Face hub"
             )
         self.lora = [file for file in self.files if any("lora" in key for key in keys(file))]
         if len(self.lora) > 1:
@@ -78,6 +80,7 @@ class DiffusersAdapter(NoAdapter):
                 for file in self.lora:
                     self._pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="ema")
                     self._pipeline.set_adapters("ema")
+                    self._check_fits(file)
                 for file in self.inversions:
                     self._pipeline.load_textual_inversion(str(file.parent), weight_name=file.name)
         except Exception as error:  # each layout raises its own
@@ -86,6 +89,25 @@ class DiffusersAdapter(NoAdapter):
         self._words = "".join(f"{word} " for word in words)
         self.switch("ema")
         model.requires_grad_(False)
+
+    def _check_fits(self, file: Path) -> None:
+        """Every matrix of the LoRA must have found its layer; diffusers leaves out, in silence, those that do not.
+
+        Raises:
+            ValueError: if one did not.
+        """
+        held = [key for key in keys(file) if re.search(r"lora[_.](A|B|down|up)\b|_lora\.(down|up)\b", key)]
+        used = [
+            name
+            for part in (self._model.unet, self._model.text_encoder)
+            for name, _ in part.named_parameters()
+            if re.search(r"\.lora_[AB]\.ema\.", name)
+        ]
+        if len(used) < len(held):
+            raise ValueError(
+                f"only {len(used)} of the {len(held)} matrices of {file.name} find a layer in it; "
+                "it was made for another base model"
+            )
 
     @override
     def _activate(self, name: Name) -> None:

@@ -64,7 +64,10 @@ class EvaluateCLI(FairnessCLI):
         super().add_arguments_to_parser(parser)
         parser.set_defaults({"output": "audits"})
         parser.add_argument(
-            "--adapter", type=str | None, default=None, help="safetensors file that diffusers loads, or its folder."
+            "--adapter",
+            type=str | None,
+            default=None,
+            help="safetensors file that diffusers loads, its folder, or a hub id.",
         )
         parser.add_argument(
             "--split", type=Literal["test", "validation", "train"], default="test", help="Which prompts."
@@ -146,7 +149,14 @@ def main(args: ArgsType = None) -> None:
     }
     bias, kept = find[BiasMonitor], find[QualityMonitor].values
     content = results(
-        module.attribute.names, module.target_shares(), bias.summaries, kept, facts, bias.concepts, bias.agreement
+        module.attribute.names,
+        module.target_shares(),
+        bias.summaries,
+        kept,
+        facts,
+        bias.concepts,
+        bias.agreement,
+        bias.obedience,
     )
     write_json(cli.folder / "results.json", content)
     write_csv(cli.folder / "per_prompt.csv", content, prompts)

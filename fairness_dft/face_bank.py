@@ -119,10 +119,11 @@ def aligned(file: Path, finder: DetectedFaces, embedding: FaceEmbedding) -> Tens
     except Exception:  # what is no picture in spite of its name; each format raises its own
         return None
     found = finder.find(np.ascontiguousarray(pixels[..., ::-1]))
-    if found is None:
+    if not found:
         return None
+    _, landmarks = found[0]
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-    return embedding.align(image, torch.from_numpy(found[1])[None].float())
+    return embedding.align(image, torch.from_numpy(landmarks)[None].float())
 
 
 if __name__ == "__main__":

@@ -78,6 +78,19 @@ class FaceFinder(nn.Module, ABC):
             images: with shape (N, 3, H, W), in [0, 1].
         """
 
+    def every(self, images: Tensor) -> tuple[Faces, Tensor]:
+        """All faces, instead of the largest of each image; an image without one has a row that the mask leaves out.
+
+        A finder that knows of one face an image gives that.
+
+        Args:
+            images: with shape (N, 3, H, W), in [0, 1].
+
+        Returns:
+            M ≥ N rows, and the image of each, int64 with shape (M,).
+        """
+        return self(images), torch.arange(len(images), device=images.device)
+
 
 class WholeFrame(FaceFinder):
     """Takes every image for a face that fills the frame."""
@@ -121,29 +134,41 @@ class DetectedFaces(FaceFinder):
 
     @override
     def forward(self, images: Tensor) -> Faces:
-        boxes, landmarks, mask = self.detect(images)
+        boxes, landmarks, mask, _ = self.detect(images)
         return Faces(square_crops(images, boxes, self.size, self.margin), boxes, mask, landmarks)
 
-    def detect(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, landmarks and mask, as in `Faces`, which go to the CPU and back once for the whole batch."""
+    @override
+    def every(self, images: Tensor) -> tuple[Faces, Tensor]:
+        boxes, landmarks, mask, owners = self.detect(images, all_faces=True)
+        return Faces(square_crops(images[owners], boxes, self.size, self.margin), boxes, mask, landmarks), owners
+
+    def detect(self, images: Tensor, all_faces: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Boxes, landmarks and mask, as in `Faces`, and the image of each row.
+
+        The images go to the CPU, and what is found comes back, once for the whole batch.
+
+        Args:
+            images: with shape (N, 3, H, W), in [0, 1].
+            all_faces: a row for each face, instead of one for each image's largest.
+        """
         pictures = torch.nan_to_num(images.detach().float()).clamp(0, 1).mul(255).round().byte()
         pictures = pictures.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         height, width = pictures.shape[1:3]
-        table = np.empty((len(pictures), 15), np.float32)
-        table[:, :4] = 0, 0, width, height
-        table[:, 4:14] = np.ravel(ALIGNED_LANDMARKS) * (min(height, width) / ALIGNED_SIZE)
-        table[:, 14] = 0
+        nowhere = np.ravel(ALIGNED_LANDMARKS) * (min(height, width) / ALIGNED_SIZE)
+        rows: list[list[float]] = []
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for row, found in zip(table, pool.map(self.find, pictures), strict=True):
-                if found is not None:
-                    row[:4], row[4:14], row[14] = found[0], found[1].ravel(), 1
-        values = torch.from_numpy(table).to(images.device)
-        return values[:, :4], values[:, 4:14].unflatten(1, (5, 2)), values[:, 14] > 0
+            for image, found in enumerate(pool.map(self.find, pictures)):
+                for box, landmarks in found if all_faces else found[:1]:
+                    rows.append([*box, *landmarks.ravel(), 1, image])
+                if not found:
+                    rows.append([0, 0, width, height, *nowhere, 0, image])
+        values = torch.tensor(rows, dtype=torch.float32).reshape(-1, 16).to(images.device)
+        return values[:, :4], values[:, 4:14].unflatten(1, (5, 2)), values[:, 14] > 0, values[:, 15].long()
 
-    def find(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Box and landmarks of the largest face, by the first detector that sees one."""
-        found = (detector.detect(picture).largest() for detector in self.detectors)
-        return next((face for face in found if face is not None), None)
+    def find(self, picture: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Box and landmarks of all faces, the largest first, by the first detector that sees one."""
+        found = (detector.detect(picture).faces() for detector in self.detectors)
+        return next((faces for faces in found if faces), [])
 
 
 def square_crops(images: Tensor, boxes: Tensor, size: int, margin: float = 0.5) -> Tensor:

@@ -67,7 +67,14 @@ def main(args: ArgsType = None) -> None:
     bias = find[BiasMonitor]
     kept = find[QualityMonitor].values
     content = results(
-        module.attribute.names, module.target_shares(), bias.summaries, kept, run, bias.concepts, bias.agreement
+        module.attribute.names,
+        module.target_shares(),
+        bias.summaries,
+        kept,
+        run,
+        bias.concepts,
+        bias.agreement,
+        bias.obedience,
     )
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

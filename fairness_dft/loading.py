@@ -1,5 +1,6 @@
 """What everything that loads shares: where a path is, whether the hub is within reach, and loaders that keep quiet."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,28 @@ def file_or_hub(path: str) -> Path:
         raise ValueError(
             f"the file {path!r} could not be found: give a local file, or owner/repository/file on the Hugging Face hub"
         ) from error
+
+
+def weights_or_hub(path: str) -> Path:
+    """Finds a safetensors file, or a folder of such, on this machine or on the Hugging Face hub.
+
+    Args:
+        path: of a local file or folder, or owner/repository or owner/repository/file on the hub.
+
+    Returns:
+        Its path on this machine, or the path as given if it is in no place.
+    """
+    from huggingface_hub import snapshot_download
+
+    local = resolve(path)
+    if local.exists():
+        return local
+    try:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+            return Path(snapshot_download(path, allow_patterns="*.safetensors", local_files_only=not on_hub(path)))
+        return file_or_hub(path)
+    except Exception:  # not a name, no such repository, no access, no network
+        return local
 
 
 def on_hub(path: str) -> bool:

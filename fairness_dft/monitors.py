@@ -18,8 +18,10 @@ from typing_extensions import override
 from fairness_dft.attributes import TIMES, Attribute
 from fairness_dft.classifiers import Judge, Verdict
 from fairness_dft.features import Clip
+from fairness_dft.fidelity import Fidelity
 from fairness_dft.metrics import BiasSummary, FairnessMetric, Watched
 from fairness_dft.module import FairFinetuning
+from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
 from fairness_dft.report import GridRow, GridSide, comparison_grid
 
@@ -75,12 +77,16 @@ class BiasMonitor(EvaluationCallback):
             that a judge does not read are left out.
         independent_judge: a face finder and classifier trained apart from those that training learns from.
         other_judges: further ones, by name.
+        every_face: count each of several faces in an image, instead of the largest. What the figures call images are
+            then faces, and images without any; how far judges agree is not told.
 
     Attributes:
         summaries: after an evaluation, a `BiasSummary` for each (judge, attribute, model).
         agreement: after a test, for each (judge, other judge, attribute, model) the share of the images on which both
             see a face that they read alike.
         concepts: after a test, the same for the prompts of each concept, where there are several.
+        obedience: after a test, for each (judge, attribute, model) the share of the images with a face that show what
+            their prompts name, over the prompts that name the attribute.
     """
 
     def __init__(
@@ -88,10 +94,11 @@ class BiasMonitor(EvaluationCallback):
         attributes: tuple[str, ...] = ("gender", "race", "age", "gender×race"),
         independent_judge: Judge | None = None,
         other_judges: dict[str, Judge] | None = None,
+        every_face: bool = False,
     ) -> None:
         if odd := {TRAINING, INDEPENDENT} & (other_judges or {}).keys():
             raise ValueError(f"`other_judges` must have names of their own, but got {odd.pop()!r}")
-        self.attributes = attributes
+        self.attributes, self.every_face = attributes, every_face
         self.others = {INDEPENDENT: independent_judge} if independent_judge else {}
         self.others |= other_judges or {}
         self.metrics: dict[Watched, FairnessMetric] = {}
@@ -100,6 +107,8 @@ class BiasMonitor(EvaluationCallback):
         self.concepts: dict[str, dict[Watched, BiasSummary]] = {}
         self.same: dict[tuple[str, str, str, str], MeanMetric] = {}
         self.agreement: dict[tuple[str, str, str, str], float] = {}
+        self.obeyed: dict[Watched, MeanMetric] = {}
+        self.obedience: dict[Watched, float] = {}
 
     def load(self) -> None:
         """Load the judges that training does not learn from, once."""
@@ -123,7 +132,7 @@ class BiasMonitor(EvaluationCallback):
 
     @override
     def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
-        self.metrics, self.prompts, self.same = {}, {}, {}
+        self.metrics, self.prompts, self.same, self.obeyed = {}, {}, {}, {}
         loader = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
         self.count = getattr(loader, "prompt_count", len(loader))  # a folder's prompts may come in several batches
 
@@ -132,12 +141,19 @@ class BiasMonitor(EvaluationCallback):
     def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
         self.prompts.setdefault(batch.prompt.concept, set()).add(batch.index)
         for model, pictures in images.items():
-            verdicts = {name: (judge, judge(pictures)) for name, judge in self.judges(module)}
+            verdicts = {
+                name: (judge, judge.every(pictures) if self.every_face else judge(pictures))
+                for name, judge in self.judges(module)
+            }
             for name, (judge, verdict) in verdicts.items():
                 for attribute in self.read_by(judge, module.attribute):
                     metric = self.metric((name, attribute, model), judge).to(module.device)
                     metric.update(batch.index, verdict.classes(attribute), verdict.face)
-            for name, other in combinations(verdicts, 2):
+            for name, (judge, verdict) in verdicts.items():
+                for attribute, shown in obeys(batch.prompt, judge, verdict).items():
+                    mean = self.obeyed.setdefault((name, attribute, model), MeanMetric(nan_strategy="ignore"))
+                    mean.to(module.device).update(shown.float())
+            for name, other in () if self.every_face else combinations(verdicts, 2):
                 for attribute in self.read_by(verdicts[name][0], module.attribute):
                     if (same := read_alike(attribute, *verdicts[name], *verdicts[other])) is not None:
                         key = name, other, attribute, model
@@ -160,6 +176,7 @@ class BiasMonitor(EvaluationCallback):
         }
         if stage == "test":
             self.agreement = {key: float(metric.compute()) for key, metric in self.same.items()}
+            self.obedience = {key: float(metric.compute()) for key, metric in self.obeyed.items()}
         prefix = "" if stage == "validation" else "test_"
         for attribute, shares in module.target_shares().items():
             for name, share in shares.items():
@@ -177,6 +194,28 @@ class BiasMonitor(EvaluationCallback):
                 module.log(f"{prefix}faces/without_face_{model}", without, sync_dist=True)
             else:
                 module.log(f"{group}/{model}_{judge}", summary.bias, sync_dist=True)
+
+
+def obeys(prompt: Prompt, judge: Judge, verdict: Verdict) -> dict[str, Tensor]:
+    """Whether images show what their prompt names, for each attribute that it names and the judge reads.
+
+    Returns:
+        For each such attribute bool with shape (n,), of the n images on which the judge sees a face.
+
+    Raises:
+        ValueError: if the judge has no such class.
+    """
+    found = {}
+    for attribute, kind in prompt.names:
+        if judge.reads(attribute):
+            classes = judge.classes(attribute)
+            if kind not in classes:
+                raise ValueError(
+                    f"the prompt {prompt.text!r} names {attribute} {kind!r}, but a classifier knows only "
+                    f"{', '.join(classes)}; take other prompts, or another name in their file"
+                )
+            found[attribute] = (verdict.classes(attribute) == classes.index(kind))[verdict.face]
+    return found
 
 
 def read_alike(attribute: str, judge: Judge, verdict: Verdict, other: Judge, another: Verdict) -> Tensor | None:
@@ -199,7 +238,8 @@ class QualityMonitor(EvaluationCallback):
     """How much of the image was kept: CLIP-T, similarity to the original image, and the subject.
 
     CLIP-T is the cosine of image and prompt; the module's feature networks give the cosine of each image with the
-    original model's from the same noise (CLIP-I, DINO). Where a judge also reads the subject of the prompt, such as
+    original model's from the same noise (CLIP-I, DINO), and in a test the distances between the two models' pictures as
+    sets (`Fidelity`). Where a judge also reads the subject of the prompt, such as
     the occupation, the share of images in which it reads the same as in the original is reported, of all images: one
     that lost its face counts by what is read in it all the same.
 
@@ -211,9 +251,11 @@ class QualityMonitor(EvaluationCallback):
         values: after an evaluation, the mean of each measure by (measure, model).
     """
 
-    def __init__(self, judge: Judge | None = None, subject: str = "occupation") -> None:
+    def __init__(self, judge: Judge | None = None, subject: str = "subject") -> None:
         self.judge, self.subject = judge, subject
         self.metrics: dict[tuple[str, str], MeanMetric] = {}
+        self.sets: dict[tuple[str, str], Fidelity] = {}
+        self.tested = False
         self.values: dict[tuple[str, str], float] = {}
 
     def load(self) -> None:
@@ -232,7 +274,8 @@ class QualityMonitor(EvaluationCallback):
 
     @override
     def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
-        self.metrics = {}
+        self.metrics, self.sets = {}, {}
+        self.tested = stage != "validation"
 
     @override
     @torch.no_grad()
@@ -247,6 +290,9 @@ class QualityMonitor(EvaluationCallback):
                 if model != "original":
                     measure = f"{name}_i" if isinstance(network, Clip) else name
                     self.update(module, (measure, model), (embedding * embeddings["original"]).sum(-1))
+                    if self.tested:
+                        moved = self.sets.setdefault((name, model), Fidelity(embedding.shape[1])).to(module.device)
+                        moved.update(embeddings["original"], embedding)
         if self.judge is not None:
             judge = self.judge.to(module.device)
             read = {model: judge(pictures) for model, pictures in images.items()}
@@ -263,6 +309,9 @@ class QualityMonitor(EvaluationCallback):
     @override
     def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
         self.values = {key: float(metric.compute()) for key, metric in self.metrics.items()}
+        for (network, model), moved in self.sets.items():
+            for distance, value in (moved.compute() or {}).items():
+                self.values[f"{distance}_{network}", model] = value
         prefix = "" if stage == "validation" else "test_"
         for (measure, model), value in self.values.items():
             module.log(f"{prefix}kept/{measure}_{model}", value, sync_dist=True)

@@ -23,11 +23,13 @@ class Prompt(NamedTuple):
         text: what the text encoder reads, "A photo of the face of a chef, a person".
         subject: what the prompt is about, "chef".
         concept: the kind of subject, "occupation".
+        names: what the prompt says of the person, ("gender", "woman") and so on; a model that obeys shows it.
     """
 
     text: str
     subject: str
     concept: str
+    names: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class PromptList:
          "templates": ["A photo of the face of a {occupation}, a person"],
          "train": ["chef", "pilot"], "validation": ["librarian"], "test": ["senator"]}
 
-    An entry may also be a complete prompt, {"subject": "chef", "text": "A chef in a kitchen, watercolour"}.
+    An entry may also be a complete prompt, {"subject": "chef", "text": "A chef in a kitchen, watercolour"}. One
+    that names attributes may say so, by the names of the classifiers' heads and classes; then it is measured
+    whether a model obeys: {"subject": "chef", "text": "An old woman, a chef", "names": {"gender": "woman"}}.
     A file may leave out source, licence, and splits it has no use for. A file of any other type is plain text
     with one complete prompt a line, where "#" starts a comment line, and serves every split.
 
@@ -169,11 +173,23 @@ def _prompts(path: Path, data: dict[str, Any], split: str) -> tuple[Prompt, ...]
         if _is_text(entry):
             subject = entry.strip()
             prompts += [Prompt(text.replace(placeholder, subject), subject, concept) for text in templates]
-        elif isinstance(entry, dict) and set(entry) == {"subject", "text"} and all(map(_is_text, entry.values())):
-            prompts.append(Prompt(entry["text"].strip(), entry["subject"].strip(), concept))
+        elif _is_complete(entry):
+            names = tuple(entry.get("names", {}).items())
+            prompts.append(Prompt(entry["text"].strip(), entry["subject"].strip(), concept, names))
         else:
-            raise ValueError(f'{where} is {entry!r}; write a string or {{"subject": "...", "text": "..."}}')
+            raise ValueError(
+                f'{where} is {entry!r}; write a string or {{"subject": "...", "text": "..."}}, at most with '
+                '"names": {"gender": "woman", ...} besides'
+            )
     return tuple(prompts)
+
+
+def _is_complete(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not {"subject", "text"} <= set(entry) <= {"subject", "text", "names"}:
+        return False
+    names = entry.get("names", {})
+    texts = [entry["subject"], entry["text"], *(names.items() if isinstance(names, dict) else [None])]
+    return all(_is_text(part) for text in texts for part in (text if isinstance(text, tuple) else [text]))
 
 
 def _refuse_overlap(path: Path, splits: dict[str, tuple[Prompt, ...]]) -> None:

@@ -105,6 +105,8 @@ def print_results(content: dict, console: Console | None = None) -> None:
     if content["concepts"]:
         console.print(concept_table(content))
     console.print(frequency_table(content))
+    if content["obedience"]:
+        console.print(obedience_table(content))
     kept = Table(title="What was kept")
     for column in ("measure", "before", "after"):
         kept.add_column(column, justify="left" if column == "measure" else "right")
@@ -117,6 +119,18 @@ def print_results(content: dict, console: Console | None = None) -> None:
     ]
     kept.add_row("without a face", *(_number(share, 3) for share in without))
     console.print(kept)
+
+
+def obedience_table(content: dict) -> Table:
+    """Whether images show what their prompts name."""
+    table = Table(title="Images that show what their prompt names")
+    for column in ("attribute", "judge", "before", "after"):
+        left = column in ("attribute", "judge")
+        table.add_column(column, justify="left" if left else "right")
+    for judge, seen in content["obedience"].items():
+        for name, models in seen.items():
+            table.add_row(name, judge, _number(models["original"], 3), _number(models.get("ema"), 3))
+    return table
 
 
 def concept_table(content: dict) -> Table:

@@ -43,6 +43,7 @@ def results(
     run: dict[str, object],
     concepts: Mapping[str, dict[Watched, BiasSummary]] | None = None,
     agreement: Mapping[tuple[str, str, str, str], float] | None = None,
+    obedience: Mapping[Watched, float] | None = None,
 ) -> dict[str, object]:
     """Everything that a test measured, as JSON knows it: None for what is not known or infinite.
 
@@ -55,11 +56,15 @@ def results(
         run: facts of the run, such as steps, seconds, prompts and versions.
         concepts: by concept and (judge, attribute, model), for prompts of several concepts.
         agreement: by (judge, other judge, attribute, model), the share of images that both read alike.
+        obedience: by (judge, attribute, model), the share of images that show what their prompts name.
     """
     wanted = {} if run.get("other_targets") else target
     alike: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
     for (judge, other, name, model), share in (agreement or {}).items():
         alike.setdefault(judge, {}).setdefault(other, {}).setdefault(name, {})[model] = _known(share)
+    obeyed: dict[str, dict[str, dict[str, float | None]]] = {}
+    for (judge, name, model), share in (obedience or {}).items():
+        obeyed.setdefault(judge, {}).setdefault(name, {})[model] = _known(share)
     measures: dict[str, dict[str, float]] = {}
     for (measure, model), value in kept.items():
         measures.setdefault(measure, {})[model] = _known(value)
@@ -70,6 +75,7 @@ def results(
         "bias": _nested(summaries, wanted),
         "concepts": {concept: _nested(found, wanted) for concept, found in (concepts or {}).items()},
         "agreement": alike,
+        "obedience": obeyed,
         "only_training": only_training(summaries, tuple(target)),
         "kept": measures,
         "run": run,
@@ -169,7 +175,7 @@ def write_csv(file: Path, content: Mapping[str, Any], prompts: Sequence[Prompt])
                     for prompt, bias, counts, faceless in zip(prompts, *of_prompts, strict=True):
                         for kind, count in zip(seen["classes"], counts, strict=True):
                             share = count / sum(counts) if sum(counts) else None
-                            rows.writerow([*prompt, judge, name, model, kind, count, share, bias, faceless])
+                            rows.writerow([*prompt[:3], judge, name, model, kind, count, share, bias, faceless])
     draft.replace(file)
 
 

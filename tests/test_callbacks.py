@@ -25,8 +25,8 @@ def run(tmp_path_factory):
     module, data = finetuning(learning_rate=3e-3), prompts()
     monitors = [
         AdapterAverage(0.5),
-        BiasMonitor(independent_judge=judge("evaluation")),
-        QualityMonitor(judge("evaluation")),
+        BiasMonitor(independent_judge=judge("independent")),
+        QualityMonitor(judge("independent")),
         ImageGrid(prompts=2, images=4),
         AdapterCheckpoint(),
         Throughput(),
@@ -121,13 +121,13 @@ def test_quality_is_the_mean_cosine(run):
             text += (after @ clip.embed_text([batch.prompt.text])[0]).tolist()
             to_original += (after * before).sum(-1).tolist()
             class_token += (dino(images["ema"]) * dino(images["original"])).sum(-1).tolist()
-            read = [monitors[2].judge(images[model]).classes("occupation") for model in ("ema", "original")]
+            read = [monitors[2].judge(images[model]).classes("subject") for model in ("ema", "original")]
             same += (read[0] == read[1]).tolist()
     values = monitors[2].values
     assert values["clip_t", "ema"] == pytest.approx(np.mean(text), abs=1e-5)
     assert values["clip_i", "ema"] == pytest.approx(np.mean(to_original), abs=1e-5)
     assert values["dino", "ema"] == pytest.approx(np.mean(class_token), abs=1e-5)
-    assert values["occupation_kept", "ema"] == pytest.approx(np.mean(same))
+    assert values["subject_kept", "ema"] == pytest.approx(np.mean(same))
 
 
 def test_adapters_are_saved_as_safetensors_that_match(run):
@@ -197,17 +197,17 @@ def test_a_product_of_attributes_is_counted_by_its_pairs_of_classes(run):
         np.testing.assert_allclose(joint.sum(0), race.frequencies)
 
 
-def test_a_lost_face_does_not_excuse_a_lost_occupation(monkeypatch):
-    def verdict(faces, occupations):
-        logits = torch.nn.functional.one_hot(torch.tensor(occupations), 3).float()
-        return Verdict({"occupation": logits}, torch.tensor(faces), torch.zeros(4, 4))
+def test_a_lost_face_does_not_excuse_a_lost_subject(monkeypatch):
+    def verdict(faces, subjects):
+        logits = torch.nn.functional.one_hot(torch.tensor(subjects), 3).float()
+        return Verdict({"subject": logits}, torch.tensor(faces), torch.zeros(4, 4))
 
     seen = {0.0: verdict([True] * 4, [0, 1, 2, 0]), 1.0: verdict([True, True, False, False], [0, 1, 1, 0])}
     monitor, module = QualityMonitor(judge()), finetuning(features=())
     monkeypatch.setattr(Judge, "forward", lambda self, images: seen[images.mean().item()])
     images = {"original": torch.zeros(4, 3, 8, 8), "ema": torch.ones(4, 3, 8, 8)}
     monitor.see(module, images, next(iter(prompts().test_dataloader())))
-    assert monitor.metrics["occupation_kept", "ema"].compute() == 3 / 4  # of two with a face both, of all four three
+    assert monitor.metrics["subject_kept", "ema"].compute() == 3 / 4  # of two with a face both, of all four three
 
 
 def test_concepts_are_counted_apart_and_together(monkeypatch):
@@ -240,8 +240,8 @@ def test_judges_that_read_alike_are_counted_by_the_names_of_classes(monkeypatch)
     module = finetuning(features=())
     module.configure_model()
     monkeypatch.setattr(module, "log", lambda *args, **settings: None)
-    third, fourth = judge("evaluation"), judge("evaluation")
-    monitor = BiasMonitor(attributes=(), independent_judge=judge("evaluation"), other_judges={"a": third, "b": fourth})
+    third, fourth = judge("independent"), judge("independent")
+    monitor = BiasMonitor(attributes=(), independent_judge=judge("independent"), other_judges={"a": third, "b": fourth})
     monitor.load()
     seen = {
         "training": (("man", "woman"), [0, 0, 1, 1], [True, True, True, False]),
@@ -290,3 +290,57 @@ def test_a_run_measured_in_epochs_keeps_lightnings_bar(tmp_path, capsys):
     trainer(tmp_path, callbacks=[StepBar()], **epochs).fit(finetuning(), prompts(train_prompts=2, images_per_prompt=2))
     last = capsys.readouterr().out.rstrip().splitlines()[-1].split("\r")[-1]
     assert "Epoch 1: 100%" in last and "2/2" in last
+
+
+def test_obedience_is_the_share_of_faces_that_show_what_is_named(monkeypatch):
+    """Of a prompt that names gender, and one that names gender and age; a third names nothing."""
+
+    def verdict(genders, ages, faces):
+        logits = {"gender": torch.nn.functional.one_hot(torch.tensor(genders), 2).float()}
+        logits["age"] = torch.nn.functional.one_hot(torch.tensor(ages), 2).float()
+        return Verdict(logits, torch.tensor(faces), torch.zeros(4, 4))
+
+    seen = {
+        0.0: verdict([0, 1, 1, 1], [0, 0, 1, 1], [True, True, True, False]),
+        1.0: verdict([1, 1, 0, 0], [1, 1, 1, 0], [True, True, True, True]),
+    }
+    monitor, module = BiasMonitor(attributes=()), finetuning(features=())
+    module.configure_model()
+    monkeypatch.setattr(Judge, "forward", lambda self, images: seen[images.mean().item()])
+    monitor.count = 3
+    images = {"original": torch.zeros(4, 3, 8, 8), "ema": torch.ones(4, 3, 8, 8)}
+    named = ((("gender", "woman"),), (("gender", "man"), ("age", "old")), ())
+    for index, names in enumerate(named):
+        monitor.see(
+            module, images, PromptBatch(prompt=Prompt("a", "a", "named", names), index=index, seeds=torch.arange(4))
+        )
+    found = {key: float(metric.compute()) for key, metric in monitor.obeyed.items()}
+    assert found == {
+        ("training", "gender", "original"): pytest.approx((2 + 1) / 6),
+        ("training", "gender", "ema"): pytest.approx((2 + 2) / 8),
+        ("training", "age", "original"): pytest.approx(1 / 3),
+        ("training", "age", "ema"): pytest.approx(3 / 4),
+    }
+    unknown = PromptBatch(prompt=Prompt("a lady", "a", "named", (("gender", "lady"),)), index=0, seeds=torch.arange(4))
+    with pytest.raises(ValueError, match="names gender 'lady', but a classifier knows only man, woman"):
+        monitor.see(module, images, unknown)
+
+
+def test_each_of_several_faces_counts_where_that_is_asked_for(monkeypatch):
+    def verdict(genders, faces):
+        logits = {"gender": torch.nn.functional.one_hot(torch.tensor(genders), 2).float()}
+        return Verdict(logits, torch.tensor(faces), torch.zeros(len(genders), 4))
+
+    batch = PromptBatch(prompt=Prompt("two chefs", "chef", "occupation"), index=0, seeds=torch.arange(2))
+    module = finetuning(features=())
+    module.configure_model()
+    monkeypatch.setattr(Judge, "forward", lambda self, images: verdict([0, 1], [True, True]))
+    monkeypatch.setattr(Judge, "every", lambda self, images: verdict([0, 1, 1, 0], [True, True, True, False]))
+    for every, counts, faceless in ((False, [1, 1], 0), (True, [1, 2], 1)):
+        monitor = BiasMonitor(attributes=(), independent_judge=judge("independent"), every_face=every)
+        monitor.load()
+        monitor.count = 1
+        monitor.see(module, {"original": torch.zeros(2, 3, 8, 8)}, batch)
+        summary = monitor.metrics["independent", "gender", "original"].compute()
+        assert [list(seen) for seen in summary.counts] == [counts] and summary.without_face == faceless
+        assert bool(monitor.same) is not every

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_adapters import EXPORTED, load, predict, randomize
 from tiny import build_tiny_pipeline
 from torch.testing import assert_close
@@ -48,6 +48,39 @@ def test_it_is_the_adapter_that_was_exported(folder: Path, kind: str, layout: st
     with ours.using("original"):
         assert_close(predict(other), original, rtol=0, atol=0)
     assert_close(predict(other), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lora_that_fits_in_part_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Such as one of a model with more blocks; diffusers would load the rest in silence."""
+    adapter = EXPORTED["unet"]()
+    adapter.attach(load(folder))
+    (file,) = adapter.save(tmp_path)
+    tensors = load_file(file)
+    key = next(key for key in tensors if "down_blocks.1" in key)
+    tensors[key.replace("down_blocks.1", "down_blocks.7")] = tensors[key].clone()
+    save_file(tensors, file)
+    message = f"only {len(tensors) - 1} of the {len(tensors)} matrices of {file.name} find a layer"
+    with pytest.raises(ValueError, match=message):
+        DiffusersAdapter(str(tmp_path)).attach(load(folder))
+
+
+def test_it_comes_from_the_hub_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From what is cached of it, as where the hub is out of reach."""
+    repository = tmp_path / "models--owner--lora"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    for part in (snapshot, repository / "refs"):
+        part.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40, encoding="utf-8")
+    adapter = EXPORTED["text_encoder"]()
+    adapter.attach(load(folder))
+    (file,) = adapter.save(snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("fairness_dft.loading.on_hub", lambda path: False)
+    for path in ("owner/lora", f"owner/lora/{file.name}"):
+        found = DiffusersAdapter(path)
+        assert [held.resolve() for held in found.lora] == [file.resolve()] and not found.inversions
+    with pytest.raises(ValueError, match="nor owner/repository or owner/repository/file on the Hugging Face hub"):
+        DiffusersAdapter("owner/other")
 
 
 def test_the_original_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from miniature import PORTRAITS
@@ -63,7 +64,8 @@ def test_an_audit_says_what_the_test_of_a_finetuning_says(run: Path, audit: Path
         or ours["training", "race", "original"] != ours["training", "race", "ema"]
     )
     for measure, models in json.loads((run / "results.json").read_text())["kept"].items():
-        assert json.loads((audit / "results.json").read_text())["kept"][measure] == pytest.approx(models, abs=0.01)
+        found = json.loads((audit / "results.json").read_text())["kept"][measure]
+        assert found == pytest.approx(models, abs=0.01, rel=0.01)  # of pictures in whole grey levels
 
 
 def test_rows_of_the_table_are_the_results(audit: Path) -> None:
@@ -88,14 +90,16 @@ def test_what_was_drawn_is_not_drawn_again(run: Path, audit: Path, tmp_path: Pat
     shutil.copytree(audit, folder)
     pictures = sorted((folder / "images").rglob("*.png"))
     assert len(pictures) == 2 * 2 * 4
-    before = {file: file.read_bytes() for file in pictures}
+    before = {file: np.asarray(Image.open(file)).astype(int) for file in pictures}
     Image.new("RGB", (64, 64)).save(pictures[0])  # what is there is believed
     for file in pictures[1::3]:
         file.unlink()
     (folder / "results.json").unlink()
     main([*FEW, f"--output={tmp_path}", "--name=mine", f"--adapter={FinishedRun(str(run)).adapter()}"])
     assert sorted((folder / "images").rglob("*.png")) == pictures
-    assert [file for file in pictures if file.read_bytes() != before[file]] == pictures[:1]
+    after = {file: np.asarray(Image.open(file)).astype(int) for file in pictures}
+    # Drawn beside fewer images, a pixel on the edge between two grey levels may fall to the other side.
+    assert [file for file in pictures if np.abs(after[file] - before[file]).max() > 1] == pictures[:1]
     assert (folder / "results.json").is_file()
 
 
@@ -206,7 +210,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         (["--split=best"], "--split"),
         ([f"--images={twice}"], "two folders of"),
         ([f"--adapter={several}"], "holds several LoRAs (a.safetensors, b.safetensors): name one"),
-        (["--adapter=owner/repository"], "comes by `hf download`"),
+        (["--adapter=owner/repository"], "nor owner/repository or"),
         (["--ckpt_path=some.ckpt"], "give --adapter"),
         (["--trainer.limit_test_batches=0"], "use --data.init_args.test_prompts"),
     ):

@@ -186,6 +186,28 @@ class TestDetectedFaces:
         assert faces.mask.tolist() == drawn.present.tolist()
         assert (blind.asked, last.asked) == (60, int((~drawn.present).sum()))
 
+    def test_every_face_is_found(self, drawn: FacePictures) -> None:
+        """Of two portraits side by side both, of one that one; where there is none, a row that the mask leaves out."""
+        one, two = (int(i) for i in drawn.present.nonzero().flatten()[:2])
+        nobody = int((~drawn.present).nonzero()[0])
+        images = drawn.images(slice(None))
+        pairs = [(one, two), (one, nobody), (nobody, nobody)]
+        wide = torch.stack([torch.cat([images[left], images[right]], dim=2) for left, right in pairs])
+        finder = DetectedFaces([InsightFace(SCRFD, size=(128, 128))], size=32)
+        finder.load()
+        faces, owners = finder.every(wide)
+        assert owners.tolist() == [0, 0, 1, 2] and faces.mask.tolist() == [True, True, True, False]
+        expected = [drawn.boxes[one], drawn.boxes[two] + torch.tensor([64, 0, 64, 0]), drawn.boxes[one]]
+        found = sorted(faces.boxes[:2].tolist()), faces.boxes[2]
+        assert_close(torch.tensor(found[0]), torch.stack(expected[:2]), rtol=0, atol=2.5)
+        assert_close(found[1], expected[2], rtol=0, atol=2.5)
+        largest = finder(wide)
+        areas = (faces.boxes[:2, 2:] - faces.boxes[:2, :2]).prod(1)
+        assert areas[0] >= areas[1] and torch.equal(largest.boxes, faces.boxes[[0, 2, 3]])
+        assert torch.equal(largest.crops, faces.crops[[0, 2, 3]])
+        single, owner = WholeFrame().every(images)
+        assert owner.tolist() == list(range(len(images))) and torch.equal(single.crops, images)
+
     @pytest.mark.parametrize("count", [0, 3])
     def test_no_face_at_all(self, count: int) -> None:
         images = torch.rand(count, 3, 40, 64, requires_grad=True)

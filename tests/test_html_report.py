@@ -105,6 +105,14 @@ def test_tables_hold_the_figures() -> None:
     assert ["clip_t", "0.310"] in Page(page(None)).cells
 
 
+def test_obedience_is_told_where_prompts_name_attributes() -> None:
+    assert "obeyed" not in page()
+    found = content() | {"obedience": {"training": {"age": {"original": 0.9, "ema": 0.8}}}}
+    assert ["age", "training", "0.900", "0.800"] in Page(
+        html_report("mine", found, "", lambda index: Image.new("RGB", (4, 4)))
+    ).cells
+
+
 def test_bars_are_the_frequencies_and_lines_the_target() -> None:
     row = re.compile(
         r'<div class="prompt"><span class="name">(.*?)</span>(.*?)(?=<div class="prompt">|<h2>)', re.DOTALL

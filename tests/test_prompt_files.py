@@ -42,7 +42,7 @@ def test_the_near_duplicate_check_finds_what_it_should():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_splits_have_no_near_duplicates(name):
     splits = PromptList.from_file(FOLDER / name).splits
-    by_text = name in ("occupations_in_context.json", "unlike.json")
+    by_text = name in ("occupations_in_context.json", "unlike.json") or name.startswith("named_")
     phrases = {split: [prompt.text if by_text else prompt.subject for prompt in splits[split]] for split in splits}
     stems = {phrase: words(phrase) for own in phrases.values() for phrase in own}
     for split, own in phrases.items():
@@ -50,6 +50,29 @@ def test_shipped_splits_have_no_near_duplicates(name):
         for other in list(phrases)[list(phrases).index(split) + 1 :]:
             clashes = [(a, b) for a in own for b in phrases[other] if near(stems[a], stems[b])]
             assert not clashes, clashes
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("named_")])
+def test_prompts_name_what_their_entries_say(name):
+    said = {"WMELH": "White", "light": "light skin", "tan": "tan skin", "brown": "brown skin", "dark": "dark skin"}
+    for prompt in PromptList.from_file(FOLDER / name).split("test"):
+        assert {attribute for attribute, _ in prompt.names} >= {"gender", "age"}
+        spoken = prompt.text.removesuffix(f", a {prompt.subject}").split()
+        for _, kind in prompt.names:
+            assert set(said.get(kind, kind).split()) <= set(spoken)
+        others = {"man", "woman", "young", "old"} - {kind for _, kind in prompt.names}
+        assert not others & set(spoken)
+
+
+def test_an_entry_may_say_what_it_names(tmp_path):
+    entry = {"subject": "chef", "text": "An old woman, a chef", "names": {"gender": "woman", "age": "old"}}
+    file = write(tmp_path, {"concept": "job", "test": [entry]}, "named.json")
+    names = (("gender", "woman"), ("age", "old"))
+    assert PromptList.from_file(file).split("test") == (Prompt(entry["text"], "chef", "job", names),)
+    for names in ("woman", {"gender": 1}, {"gender": ""}, {"": "woman"}, ["gender"]):
+        write(tmp_path, {"concept": "job", "test": [entry | {"names": names}]}, "named.json")
+        with pytest.raises(ValueError, match='entry 1 of "test" is .*"names": {"gender": "woman", ...} besides'):
+            PromptList.from_file(file)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

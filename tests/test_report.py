@@ -224,6 +224,20 @@ def test_concepts_have_their_own_figures(tmp_path: Path) -> None:
     assert "Bias by concept" not in printed(content([[9, 0], [6, 4]], [[4, 5], [5, 5]]))
 
 
+def test_obedience_is_a_table_of_its_own() -> None:
+    obeyed = {("training", "age", "original"): 0.9, ("training", "age", "ema"): 0.8, ("x", "age", "ema"): math.nan}
+    obeyed |= {("x", "age", "original"): 1.0}
+    found = results(
+        ["gender"], {"gender": {"man": 0.5, "woman": 0.5}}, summaries([[9, 0]], [[4, 5]]), {}, {}, obedience=obeyed
+    )
+    expected = {"training": {"age": {"original": 0.9, "ema": 0.8}}, "x": {"age": {"ema": None, "original": 1.0}}}
+    assert found["obedience"] == expected
+    lines = printed(found).split("show what their prompt names")[1].split("What was kept")[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert rows == [["age", "training", "0.900", "0.800"], ["age", "x", "1.000", "–"]]
+    assert "show what their prompt names" not in printed(content([[9, 0], [6, 4]], [[4, 5], [5, 5]]))
+
+
 def printed(found: dict) -> str:
     stream = io.StringIO()
     print_results(found, Console(file=stream, width=200))
