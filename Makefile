@@ -24,7 +24,7 @@ lint: $(STAMP) ## check style and formatting, change nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-portraits: $(STAMP) ## train the miniature Stable Diffusion in data/portraits again (about two hours)
+portraits: $(STAMP) ## train the miniature Stable Diffusion in data/portraits again (hours)
 	$(BIN)/python -m fairness_dft.portraits $(ARGS)
 
 clean: ## remove caches, build products and the install stamp; keeps .venv, runs and data

@@ -6,10 +6,11 @@ from lightning import Trainer
 
 from fairness_dft.adapters import TextEncoderLoRA
 from fairness_dft.attributes import Attribute
-from fairness_dft.classifiers import FacePresence, ImageClassifier, Judge
+from fairness_dft.classifiers import Judge
 from fairness_dft.diffusion import StableDiffusion
 from fairness_dft.features import Clip, Dino
 from fairness_dft.module import FairFinetuning
+from fairness_dft.portraits.base import judges
 from fairness_dft.prompts import OccupationPrompts
 from fairness_dft.sampler import Sampler
 
@@ -17,9 +18,8 @@ PORTRAITS = Path(__file__).parents[1] / "data" / "portraits"
 
 
 def judge(which: str = "training") -> Judge:
-    """One of the two shipped judges, not loaded yet."""
-    path = str(PORTRAITS / f"classifier_{which}")
-    return Judge(ImageClassifier(path), FacePresence(path))
+    """One of the two shipped judges, "training" or "independent", not loaded yet."""
+    return judges(PORTRAITS)[which]
 
 
 def finetuning(**settings) -> FairFinetuning:
@@ -39,7 +39,7 @@ def finetuning(**settings) -> FairFinetuning:
 def prompts(**settings) -> OccupationPrompts:
     """Occupations of the drawn world, few images each."""
     defaults = dict(
-        train_subjects=str(PORTRAITS / "training_occupations.txt"),
+        train_subjects=str(PORTRAITS / "training_subjects.txt"),
         images_per_prompt=6,
         validation_images_per_prompt=4,
         test_images_per_prompt=4,

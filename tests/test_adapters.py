@@ -323,7 +323,7 @@ def test_exported_files_give_the_same_images_in_plain_diffusers(tmp_path: Path, 
             pipeline.load_lora_weights(path.parent)
     seeds = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
     loaded = pipeline([prompt] * 2, num_inference_steps=3, guidance_scale=2.0, generator=seeds, output_type="pt").images
-    assert_close(images[name], loaded, rtol=1e-4, atol=1e-5)
+    assert_close(images[name], loaded, rtol=0, atol=2e-4)  # a twentieth of a grey level: large weights amplify rounding
     assert (images[name] - images["original"]).abs().max() > 1e-2
 
 

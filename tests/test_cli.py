@@ -182,7 +182,7 @@ def test_own_prompts_on_the_miniature_are_told_the_way_out(tmp_path, capsys, unl
     file.write_text("a chef\n")
     arguments = small(tmp_path, f"--data.init_args.file={file}")
     line = refused(capsys, arguments)
-    assert f"training_occupations.txt: names no training subject of {file}" in line
+    assert f"training_subjects.txt: names no training subject of {file}" in line
     way_out = "--data.init_args.train_subjects null"
     assert way_out in line and way_out in (ROOT / "README.md").read_text()
     cli = FairnessCLI([*arguments, *way_out.split()])

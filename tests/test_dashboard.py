@@ -17,7 +17,7 @@ from fairness_dft.monitors import BiasMonitor, QualityMonitor
 
 @pytest.mark.parametrize("names", [["gender"], ["gender", "race"]])
 def test_every_chart_finds_its_curves(names, tmp_path):
-    monitors = [Dashboard(), AdapterAverage(0.5), BiasMonitor(independent_judge=judge("evaluation")), QualityMonitor()]
+    monitors = [Dashboard(), AdapterAverage(0.5), BiasMonitor(independent_judge=judge("independent")), QualityMonitor()]
     fit = trainer(
         tmp_path, logger=TensorBoardLogger(tmp_path, name="x"), callbacks=[*monitors, Throughput()],
         limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None, max_steps=1, log_every_n_steps=1,

@@ -70,7 +70,7 @@ def theirs(pipeline: StableDiffusionPipeline, prompt: str, seed: int = 3) -> np.
     pipeline.set_progress_bar_config(disable=True)
     shape = (1, pipeline.unet.config.in_channels, 8, 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    image = pipeline(prompt, num_inference_steps=6, guidance_scale=1.25, latents=noise).images[0]
+    image = pipeline(prompt, num_inference_steps=6, guidance_scale=1.75, latents=noise).images[0]
     return np.asarray(image).astype(float)
 
 

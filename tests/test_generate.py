@@ -64,7 +64,7 @@ def test_every_picture_says_how_it_was_made(run: Path, generated: Path) -> None:
                     assert picture.size == (64, 64)
                     facts = json.loads(picture.text["fairness_dft"])
                 assert (facts["prompt"], facts["seed"], facts["model"]) == (prompt, seed, model)
-                assert facts["steps"] == 6 and facts["guidance_scale"] == 1.25
+                assert facts["steps"] == 6 and facts["guidance_scale"] == 1.75
                 if model == "finetuned":
                     assert facts["scale"] == 1 and facts["adapter"] == str(FinishedRun(str(run)).adapter())
     with Image.open(generated / "grid.png") as grid:
@@ -81,7 +81,7 @@ def test_pictures_are_those_of_plain_diffusers(run: Path, generated: Path) -> No
             pipeline.load_lora_weights(run / "adapters" / "step_000001" / "ema")
         for seed in (5, 13):
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            theirs = pipeline(PROMPTS[0], num_inference_steps=6, guidance_scale=1.25, latents=noise).images[0]
+            theirs = pipeline(PROMPTS[0], num_inference_steps=6, guidance_scale=1.75, latents=noise).images[0]
             ours = pixels(generated / f"001_{slug(PROMPTS[0])}" / f"{seed}_{model}.png")
             assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 1
             differ.append(ours)

@@ -109,7 +109,7 @@ def test_training_step_is_the_algorithm_written_out(module, monkeypatch):
 def test_joint_training_step_is_the_algorithm_written_out(monkeypatch):
     """Gender and age at once, with a target, confidences and factors of their own for this prompt."""
     settings = dict(confidence={"gender": 0.55, "age": 0.7}, factor1={"gender": 0.3, "age": 0.6}, factor2=0.0)
-    batch = first_batch(images_per_prompt=12)
+    _, batch, *_ = prompts(images_per_prompt=16).train_dataloader()  # of the first, no image is to change in age alone
     targets = {batch.prompt.subject: {"age": {"young": 0.75, "old": 0.25}}, batch.prompt.concept: {"age": [0.0, 1.0]}}
     module = finetuning(attribute=Attribute(["gender", "age"], targets=targets, **settings))
     module.configure_model()
@@ -155,7 +155,7 @@ def test_joint_training_step_is_the_algorithm_written_out(monkeypatch):
 
 def test_the_most_particular_target_is_taken():
     batch = first_batch()
-    text, subject, concept = batch.prompt
+    text, subject, concept, _ = batch.prompt
     wanted = {concept: [0.1, 0.9], subject: [0.2, 0.8], text: [0.3, 0.7]}
     for keys, share in (((), 0.5), ((concept,), 0.1), ((subject, concept), 0.2), ((text, concept, subject), 0.3)):
         module = finetuning(attribute=Attribute("gender", targets={key: wanted[key] for key in keys}))
@@ -313,7 +313,7 @@ def test_no_face_for_the_detector_trains_on_semantics_alone(realism_files, monke
     module = detecting(realism_files)
     module.configure_model()
     monkeypatch.setattr(type(module), "trainer", OneProcess())
-    monkeypatch.setattr(DetectedFaces, "find", lambda self, picture: None)
+    monkeypatch.setattr(DetectedFaces, "find", lambda self, picture: [])
     monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
     logged = {}
     record(monkeypatch, module, logged)
@@ -432,7 +432,10 @@ def test_a_target_is_refused_before_the_generator_loads():
 def test_training_brings_the_batch_nearer_to_its_target(tmp_path):
     """Twelve steps on one prompt move the mean of p towards it: a gradient of the wrong sign would fail here."""
     module = finetuning(learning_rate=3e-3, semantics_weight=0.0)
-    batch = first_batch(images_per_prompt=16, train_prompts=1)
+    skewed = tmp_path / "skewed.txt"
+    skewed.write_text("financial manager\n", encoding="utf-8")  # fifteen women in a hundred
+    settings = {"images_per_prompt": 16, "train_subjects": str(skewed)}
+    batch = first_batch(**settings)
 
     def towards_target():
         with torch.no_grad():
@@ -442,7 +445,8 @@ def test_training_brings_the_batch_nearer_to_its_target(tmp_path):
 
     module.configure_model()
     before = (towards_target() - 0.5).abs().max()
-    trainer(tmp_path, max_steps=12).fit(module, prompts(images_per_prompt=16, train_prompts=1))
+    assert before > 0.2
+    trainer(tmp_path, max_steps=12).fit(module, prompts(**settings))
     assert (towards_target() - 0.5).abs().max() < before
 
 

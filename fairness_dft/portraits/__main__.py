@@ -17,8 +17,9 @@ from transformers.utils import logging
 
 from fairness_dft.cli import run_main, writable
 from fairness_dft.portraits.base import base_bias
+from fairness_dft.portraits.classifiers import train_classifier
 from fairness_dft.portraits.detector import train_detector
-from fairness_dft.portraits.judges import train_classifier, train_clip, train_dino
+from fairness_dft.portraits.features import train_clip, train_dino
 from fairness_dft.portraits.text_to_image import save_pipeline, train_autoencoder, train_generator
 from fairness_dft.portraits.training import draw_portraits, save_half
 from fairness_dft.portraits.world import DATA, training_subjects
@@ -38,8 +39,8 @@ def autoencoder(folder: Path, scale: float) -> dict:
 
 def generator(folder: Path, scale: float) -> dict:
     """Train text encoder and U-Net, and save the whole pipeline."""
-    portraits = draw_portraits(int(40_000 * scale), seed=2)
-    pipeline, figures = train_generator(vae_of(folder), portraits, int(10_000 * scale), seed=2)
+    portraits = draw_portraits(int(60_000 * scale), seed=2)
+    pipeline, figures = train_generator(vae_of(folder), portraits, int(14_000 * scale), seed=2)
     save_pipeline(pipeline, folder / "pipeline")
     return figures
 
@@ -50,7 +51,7 @@ def training_classifier(folder: Path, scale: float) -> dict:
 
 
 def evaluation_classifier(folder: Path, scale: float) -> dict:
-    """Train the classifier that only evaluates; it also names the occupation."""
+    """Train the classifier that only evaluates; it also names the subject."""
     return train_classifier("evaluation", vae_of(folder), folder / "classifier_evaluation", scale)
 
 
@@ -97,8 +98,9 @@ def main() -> None:
     arguments = parser.parse_args()
     manifest_file = arguments.output / "manifest.json"
     writable(arguments.output)
-    subjects = "\n".join(("# The training occupations that the drawn world knows.", *training_subjects()))
-    (arguments.output / "training_occupations.txt").write_text(subjects + "\n", encoding="utf-8")
+    what = "# What the drawn world knows of the training splits of data/prompts: occupations, sports, descriptors."
+    allowed = "\n".join((what, *training_subjects()))
+    (arguments.output / "training_subjects.txt").write_text(allowed + "\n", encoding="utf-8")
     for name in arguments.only or STAGES:
         figures = STAGES[name](arguments.output, arguments.scale)
         manifest = json.loads(manifest_file.read_text()) if manifest_file.exists() else {}

@@ -5,13 +5,32 @@ from pathlib import Path
 import torch
 
 from fairness_dft.classifiers import FacePresence, ImageClassifier, Judge
+from fairness_dft.detectors import InsightFace
 from fairness_dft.diffusion import StableDiffusion
+from fairness_dft.faces import DetectedFaces
 from fairness_dft.metrics import FairnessMetric
+from fairness_dft.portraits.classifiers import CROP, MARGIN
+from fairness_dft.portraits.detector import SCRFD_FOLDER
+from fairness_dft.portraits.draw import SIZE
 from fairness_dft.prompts import OccupationPrompts
 from fairness_dft.sampler import Sampler
 
 ATTRIBUTES = ("gender", "race", "age")
-SAMPLER = Sampler(steps=6, guidance_scale=1.25, checkpoint=False, decode_chunk=64)  # as the experiments test
+SAMPLER = Sampler(steps=6, guidance_scale=1.75, checkpoint=False, decode_chunk=64)  # as the experiments test
+
+
+def judges(folder: Path) -> dict[str, Judge]:
+    """The judge that finetuning learns from, "training", and the one that only evaluates, "independent".
+
+    Args:
+        folder: where detector and classifiers lie.
+    """
+    crops = DetectedFaces([InsightFace(str(folder / SCRFD_FOLDER), size=(SIZE, SIZE))], MARGIN, CROP)
+    evaluation = str(folder / "classifier_evaluation")
+    return {
+        "training": Judge(ImageClassifier(str(folder / "classifier_training")), crops),
+        "independent": Judge(ImageClassifier(evaluation), FacePresence(evaluation)),
+    }
 
 
 @torch.no_grad()
@@ -19,29 +38,28 @@ def base_bias(folder: Path, images_per_prompt: int = 48) -> dict:
     """Bias of each attribute by both judges, as `BiasSummary.as_dict` gives it.
 
     Args:
-        folder: where pipeline and classifiers lie.
+        folder: where pipeline, detector and classifiers lie.
         images_per_prompt: how many images of each of the 50 test occupations.
     """
     generator = StableDiffusion(str(folder / "pipeline"))
     generator.load()
-    paths = {"training": str(folder / "classifier_training"), "independent": str(folder / "classifier_evaluation")}
-    judges = {name: Judge(ImageClassifier(path), FacePresence(path)) for name, path in paths.items()}
     batches = OccupationPrompts(test_images_per_prompt=images_per_prompt).test_dataloader()
-    for judge in judges.values():
+    both = judges(folder)
+    for judge in both.values():
         judge.load()
     metrics = {
         (name, attribute): FairnessMetric(judge.classes(attribute), len(batches))
-        for name, judge in judges.items()
+        for name, judge in both.items()
         for attribute in ATTRIBUTES
     }
     for batch in batches:
         images = SAMPLER(generator, batch.prompt.text, generator.noise(batch.seeds))
-        for name, judge in judges.items():
+        for name, judge in both.items():
             verdict = judge(images)
             for attribute in ATTRIBUTES:
                 metrics[name, attribute].update(batch.index, verdict.classes(attribute), verdict.face)
     figures: dict[str, dict] = {"sampler": {"steps": SAMPLER.steps, "guidance_scale": SAMPLER.guidance_scale}}
-    figures |= {name: {} for name in judges}
+    figures |= {name: {} for name in both}
     for (name, attribute), metric in metrics.items():
         figures[name][attribute] = metric.compute().as_dict()
     return figures

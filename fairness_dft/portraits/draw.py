@@ -47,6 +47,8 @@ BACKGROUNDS = ("plain", "horizon", "shelves", "tiles", "stripes", "window", "dot
 CLOTHES = ("tee", "suit", "apron", "vest", "scrubs", "turtleneck", "uniform", "striped", "coat")
 HEADWEAR = ("none", "cap", "hardhat", "toque", "beret", "straw", "headphones", "bandana", "peaked")
 
+PLACES = (-8, 0, 8)  # of a portrait, to the sides of the middle, in pixels: by the stride of the autoencoder
+
 # Of a face, in portrait coordinates: the corners of its box, its eyes, nose and the corners of its mouth.
 FACE = [(19.5, 16.5), (44.5, 47.0)]
 LANDMARKS = [(26.8, 30.1), (37.2, 30.1), (32.0, 35.4), (28.4, 40.0), (35.6, 40.0)]
@@ -56,7 +58,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Look:
-    """What an occupation decides: kinds and colours of background, clothes and headwear."""
+    """What a subject decides: kinds and colours of background, clothes and headwear."""
 
     background: str
     background_colour: str
@@ -68,7 +70,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Appearance:
-    """Who is drawn, and how: perceived attributes, the occupation's look, and the view."""
+    """Who is drawn, and how: perceived attributes, the subject's look, and the view."""
 
     gender: str
     skin: str
@@ -94,12 +96,13 @@ class Drawing:
 
 
 def draw(appearance: Appearance, random: Generator, anywhere: bool = False) -> Drawing:
-    """Draw one portrait; position, size, colours and details are jittered by `random`.
+    """Draw one portrait; place, size, colours and details are jittered by `random`.
 
     Args:
         appearance: who and what is drawn.
         random: the source of all jitter; the same state gives the same picture.
-        anywhere: the face is at any place and size, from a third of the frame's height, instead of near its middle.
+        anywhere: the face is at any place and size, from a third of the frame's height, instead of near one of
+            `PLACES`.
     """
     canvas = Image.new("RGB", (SIZE * OVERSAMPLING,) * 2)
     pen = Pen(canvas, random)
@@ -112,7 +115,8 @@ def draw(appearance: Appearance, random: Generator, anywhere: bool = False) -> D
         room = 32 - 15 * scale  # between the sides of the head and of the frame
         pen.place(random.uniform(-room, room), random.uniform(-24 + 22 * scale, 26 - 18 * scale), scale)
     else:
-        pen.place(*random.uniform((-3, -1.5), (3, 2)), random.uniform(0.92, 1.06))
+        dx, dy = random.uniform((-3, -1.5), (3, 2))
+        pen.place(random.choice(PLACES) + dx, dy, random.uniform(0.9, 1.1))
     skin = pen.shade(SKIN_COLOURS[appearance.skin], 6)
     palette = HAIR_COLOURS[appearance.age]
     hair = pen.shade(palette[random.integers(len(palette))], 7)

@@ -1,5 +1,6 @@
 """What every miniature network shares: a seeded training loop with a progress bar, pictures as tensors, saving."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from fairness_dft.portraits.world import Portrait, stream
+from fairness_dft.portraits.draw import BACKGROUNDS, CLOTHES, COLOURS, HEADWEAR, SIZE
+from fairness_dft.portraits.world import Portrait, stream, subjects
+
+# What a subject's look decides, part by part.
+LOOK = {"background": BACKGROUNDS, "clothes": CLOTHES, "headwear": HEADWEAR}
+LOOK |= {f"{part}_colour": tuple(COLOURS) for part in ("background", "clothes", "headwear")}
 
 
 @dataclass
@@ -20,12 +26,15 @@ class Portraits:
     Attributes:
         pictures: uint8, with shape (N, 3, 64, 64).
         captions: N captions.
-        labels: for each of gender, race, age, face and occupation the class index, int64 with shape (N,).
+        labels: for each of gender, race, age, face, subject and the parts of its look (`LOOK`) the class index,
+            int64 with shape (N,).
+        boxes: left, top, right, bottom of the face in pixels, with shape (N, 4); zeros where no face is seen.
     """
 
     pictures: Tensor
     captions: list[str]
     labels: dict[str, Tensor] = field(repr=False)
+    boxes: Tensor = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -38,13 +47,25 @@ class Portraits:
 def draw_portraits(count: int, seed: int, balanced: bool = False) -> Portraits:
     """Draw a data set; see `world.sample`."""
     pictures = np.empty((count, 64, 64, 3), np.uint8)
+    boxes = np.zeros((count, 4), np.float32)
     portraits: list[Portrait] = []
-    for i, (portrait, picture) in enumerate(stream(count, seed, balanced)):
-        pictures[i] = picture
+    for i, (portrait, drawing) in enumerate(stream(count, seed, balanced)):
+        pictures[i] = drawing.picture
         portraits.append(portrait)
+        if drawing.box is not None:
+            boxes[i] = drawing.box
     labels = {name: torch.tensor([p.label[name] for p in portraits]) for name in portraits[0].label}
+    labels |= look_labels(labels["subject"])
     tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
-    return Portraits(tensor, [p.caption for p in portraits], labels)
+    return Portraits(tensor, [p.caption for p in portraits], labels, torch.from_numpy(boxes))
+
+
+def look_labels(subject: Tensor) -> dict[str, Tensor]:
+    """What the subjects' looks decide: a class index for each part of `LOOK`, with the shape of `subject`."""
+    return {
+        part: torch.tensor([kinds.index(getattr(each.look, part)) for each in subjects()])[subject]
+        for part, kinds in LOOK.items()
+    }
 
 
 def optimise(
@@ -107,6 +128,25 @@ def save_half(model: nn.Module, folder: Path) -> None:
     dtype = next(model.parameters()).dtype
     model.half().save_pretrained(folder, safe_serialization=True)
     model.to(dtype)
+
+
+def preprocessor(size: int = SIZE) -> dict:
+    """What preprocessor_config.json says of a network that sees pictures of this size."""
+    return {
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def save_network(model: nn.Module, folder: Path, size: int = SIZE) -> None:
+    """Save in half precision with the preprocessing it expects."""
+    save_half(model, folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor(size), indent=1) + "\n")
 
 
 def count_parameters(*modules: nn.Module) -> int:
