@@ -2,7 +2,8 @@
 
 The settings are those of `fairness_dft.fit`. Two questions are answered, each with a picture and a table: how large a
 part each sampling step has in the gradient, exactly and without the coupling of the steps (Fig. 1b of the paper), and
-how well the gradients of independent training batches agree, for each way of computing them and at the same cost.
+how well the gradients of independent training batches agree, for each way of computing them and at the same cost. Both
+are about the first training prompt: different prompts may ask for opposite changes, whose gradients cancel.
 """
 
 import csv
@@ -74,7 +75,7 @@ class DiagnoseCLI(FairnessCLI):
         super().add_arguments_to_parser(parser)
         parser.set_defaults({"output": "diagnoses"})
         parser.add_argument("--noises", type=int, default=8, help="Initial noises of the step by step picture.")
-        parser.add_argument("--batches", type=int, default=16, help="Training batches whose gradients are compared.")
+        parser.add_argument("--batches", type=int, default=16, help="Training batches that are compared.")
 
     @property
     def folder(self) -> Path:
@@ -109,20 +110,21 @@ def main(args: ArgsType = None) -> None:
     if trainer.world_size > 1:
         raise ValueError(f"--trainer.devices: a diagnosis takes one device, but got {trainer.world_size}")
     data.check(["train"], 1)
-    prompts = data.prompts("train")
-    if len(prompts) < cli.config.batches:
-        raise ValueError(f"--batches must be at most the number of training prompts, {len(prompts)}")
+    data.limits["train"], data.noise_pool = 1, None
+    (prompt,) = data.prompts("train")[:1]
+    loader = data.train_dataloader()  # goes on with fresh noise every time
+    batches = [batch for _ in range(cli.config.batches) for batch in loader][: cli.config.batches]
     trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, tuple(MONITORS.values()))]
     module.generator.check()
     module.configure_model()
-    statistics = compare_paths(trainer, module, list(data.train_dataloader())[: cli.config.batches])
-    norms = steps_table(module.to(trainer.strategy.root_device), prompts[0].text, cli.config.noises)
+    statistics = compare_paths(trainer, module, batches)
+    norms = steps_table(module.to(trainer.strategy.root_device), prompt.text, cli.config.noises)
 
     folder = cli.folder
     write_table(folder / "steps.csv", ["noise", "timestep", "coefficient", *PARTS], norms)
     rows = [paths_row(name, found, cost, module.sampler.steps) for name, (found, cost) in statistics.items()]
     write_table(folder / "paths.csv", list(rows[0]), [list(row.values()) for row in rows])
-    draw_steps(folder / "steps.png", norms, prompts[0].text)
+    draw_steps(folder / "steps.png", norms, prompt.text)
     draw_paths(folder / "paths.png", rows)
     print_paths(rows)
     print(f"Pictures: {folder / 'steps.png'} and {folder / 'paths.png'}\nTables:   steps.csv and paths.csv beside them")
