@@ -36,7 +36,8 @@ class ImageStore:
             model: `original` or `ema`.
             prompt: the text.
             seeds: of their noise, with shape (n,).
-            make: makes the images of some seeds, with shape (m, 3, H, W), in [0, 1].
+            make: makes the images of all these seeds, with shape (n, 3, H, W), in [0, 1]. It is asked for all where
+                one is missing: beside fewer images, rounding would make others.
 
         Returns:
             Images with shape (n, 3, H, W), in [0, 1], on the device of the seeds.
@@ -48,9 +49,9 @@ class ImageStore:
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / TEXT).write_text(prompt, encoding="utf-8")
-            made = (make(seeds[missing]).float() * 255).round().byte().cpu()
-            for i, pixels in zip(missing, made, strict=True):
-                found[files[i]] = pixels
+            made = (make(seeds).float() * 255).round().byte().cpu()
+            for i in missing:
+                found[files[i]] = pixels = made[i]
                 draft = files[i].with_suffix(".part")
                 Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(draft, format="png")
                 draft.replace(files[i])

@@ -51,10 +51,10 @@ def predict(model: StableDiffusion) -> torch.Tensor:
     return model.denoise(noise, torch.tensor(500), model.encode(PROMPTS))
 
 
-def randomize(adapter: Adapter) -> None:
+def randomize(adapter: Adapter, std: float = 0.3) -> None:
     for name in ("trained", "ema"):
         for tensor in adapter.tensors(name).values():
-            torch.nn.init.normal_(tensor, std=0.3)
+            torch.nn.init.normal_(tensor, std=std)
 
 
 def flags(adapter: Adapter, name: str) -> set[bool]:
@@ -304,7 +304,7 @@ def test_exported_files_give_the_same_images_in_plain_diffusers(tmp_path: Path, 
     model, adapter = StableDiffusion(str(PORTRAITS / "pipeline")), EXPORTED[kind]()
     model.load()
     adapter.attach(model)
-    randomize(adapter)
+    randomize(adapter, std=0.15)  # the larger, the more they amplify what the two round differently
     images = {}
     for active in ("original", name):
         with torch.no_grad(), adapter.using(active):
@@ -323,7 +323,7 @@ def test_exported_files_give_the_same_images_in_plain_diffusers(tmp_path: Path, 
             pipeline.load_lora_weights(path.parent)
     seeds = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
     loaded = pipeline([prompt] * 2, num_inference_steps=3, guidance_scale=2.0, generator=seeds, output_type="pt").images
-    assert_close(images[name], loaded, rtol=0, atol=2e-4)  # a twentieth of a grey level: large weights amplify rounding
+    assert_close(images[name], loaded, rtol=1e-4, atol=1e-5)
     assert (images[name] - images["original"]).abs().max() > 1e-2
 
 

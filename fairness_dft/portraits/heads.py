@@ -35,19 +35,18 @@ def columns(heads: Heads) -> dict[str, slice]:
     return found
 
 
-def head_losses(logits: Tensor, labels: dict[str, Tensor], heads: Heads, smoothing: float = 0.0) -> Tensor:
+def head_losses(logits: Tensor, labels: dict[str, Tensor], heads: Heads) -> Tensor:
     """Sum of the heads' cross-entropies; what only a face tells counts only where there is one.
 
     Args:
         logits: with shape (n, classes of all heads).
         labels: for each head the true classes, with shape (n,).
         heads: the heads, in the order of the logits.
-        smoothing: of the labels, in [0, 1].
     """
     total = logits.new_zeros(())
     for head, where in columns(heads).items():
         seen = labels["face"] == 1 if head in OF_A_FACE + OF_A_PERSON else slice(None)
-        total = total + cross_entropy(logits[seen, where], labels[head][seen], label_smoothing=smoothing)
+        total = total + cross_entropy(logits[seen, where], labels[head][seen])
     return total
 
 
