@@ -7,12 +7,10 @@ is looked at; with `--images` nothing is drawn. An audit that was stopped goes o
 
 import hashlib
 import json
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +21,13 @@ from typing_extensions import override
 from fairness_dft.audit import Audit, FolderPrompts, grids
 from fairness_dft.cli import FairnessCLI, run_main, writable
 from fairness_dft.diffusers_adapter import DiffusersAdapter, NoAdapter
-from fairness_dft.fit import PACKAGES
 from fairness_dft.html_report import html_report, shown_judge, write_html
 from fairness_dft.image_store import ImageFolder, ImageStore
 from fairness_dft.metrics import finite_sample_floor
 from fairness_dft.monitors import BiasMonitor, QualityMonitor
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.report import print_results
-from fairness_dft.results import results, write_csv, write_json
+from fairness_dft.results import results, surroundings, write_csv, write_json
 
 # Settings that an audit's images, and then its figures, depend on.
 DECIDING = ("seed_everything", "split", "images", "trainer.precision", "model.generator", "model.evaluation_sampler")
@@ -144,8 +141,7 @@ def main(args: ArgsType = None) -> None:
         "images_per_prompt": few,
         "other_targets": list(module.attribute.targets),
         "test_prompts": [prompt.text for prompt in prompts],
-        "machine": platform.platform(),
-        "versions": {name: version(name) for name in PACKAGES},
+        **surroundings(),
     }
     bias, kept = find[BiasMonitor], find[QualityMonitor].values
     content = results(

@@ -1,9 +1,7 @@
 """Finetune a model and measure it: `python -m fairness_dft.fit --config experiments/quickstart.yaml`."""
 
-import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -18,9 +16,8 @@ from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.prompt_files import SPLITS, normalise
 from fairness_dft.prompts import PromptModule
 from fairness_dft.report import print_results
-from fairness_dft.results import results, write_json
+from fairness_dft.results import results, surroundings, write_json
 
-PACKAGES = ("fairness_dft", "torch", "lightning", "diffusers", "transformers", "peft")
 SEEN = "the test figures are not of unseen prompts; a JSON file keeps the two apart (data/prompts/README.md)"
 
 
@@ -61,8 +58,7 @@ def main(args: ArgsType = None) -> None:
         "test_prompts": [prompt.text for prompt in data.prompts("test")],
         "test_prompts_trained_on": seen,
         "other_targets": list(module.attribute.targets),
-        "machine": platform.platform(),
-        "versions": {name: version(name) for name in PACKAGES},
+        **surroundings(),
     }
     bias = find[BiasMonitor]
     kept = find[QualityMonitor].values

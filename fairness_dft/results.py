@@ -3,12 +3,15 @@
 import csv
 import json
 import math
+import platform
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fairness_dft import __version__
 from fairness_dft.metrics import BiasSummary, Watched, frequency_drift
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.significance import (
@@ -19,6 +22,7 @@ from fairness_dft.significance import (
     target_distance,
 )
 
+PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft")
 MODELS = ("original", "ema", "trained")
 COLUMNS = (
     "prompt",
@@ -145,6 +149,12 @@ def distances(counts: Sequence[Sequence[int]], target: Sequence[float]) -> dict[
     together = target_distance([sum(column) for column in zip(*counts, strict=True)], target)
     found = together | {"total_variation_by_prompt": by_prompt, "total_variation_by_prompt_floor": floor}
     return {key: _known(value) for key, value in found.items()}
+
+
+def surroundings() -> dict[str, object]:
+    """The machine, and the versions of what the figures depend on; a checkout need not be installed."""
+    versions = {"fairness_dft": __version__} | {name: version(name) for name in PACKAGES}
+    return {"machine": platform.platform(), "versions": versions}
 
 
 def write_json(file: Path, content: dict[str, object]) -> None:

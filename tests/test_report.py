@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image, ImageColor
 from rich.console import Console
 from torch import Tensor
 
+from fairness_dft import __version__
 from fairness_dft.metrics import summarize_bias
 from fairness_dft.report import (
     BAR,
@@ -24,7 +26,7 @@ from fairness_dft.report import (
     comparison_grid,
     print_results,
 )
-from fairness_dft.results import results, write_json
+from fairness_dft.results import results, surroundings, write_json
 from fairness_dft.significance import permutation_test
 
 GREYS = (40, 90, 140, 190, 240)
@@ -149,6 +151,16 @@ def test_results_survive_the_way_to_the_file_and_back(tmp_path: Path) -> None:
             assert distance == (pytest.approx(9 / 19 - 0.25) if attribute == "gender" else None)
     assert found["kept"] == {"clip_t": {"original": 0.31, "ema": 0.3}, "dino": {"ema": 0.9}}
     assert found["attributes"] == ["gender"] and found["run"] == {"steps": 3} and found["version"] == 2
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch) -> None:
+    def version(name: str) -> str:
+        if name == "fairness_dft":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("fairness_dft.results.version", version)
+    assert surroundings()["versions"]["fairness_dft"] == __version__
 
 
 def test_what_only_the_training_classifier_sees() -> None:
