@@ -72,7 +72,8 @@ class Sampler:
         checkpoint: Whether to save memory by computing the activations of each step again in the backward
             pass.
         decode_chunk: The number of images that the decoder, or a feature network, works on at a time.
-        images_at_once: The number of images that are sampled at a time where no graph is built; all by default.
+        images_at_once: The number of images that the denoising network works on at a time; all by default. With
+            `checkpoint`, the activations of so many exist at a time in the backward pass.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -136,17 +137,12 @@ class Sampler:
         if len(prompts) not in (1, len(noise)):
             raise ValueError(f"`prompts` must be one, or one for each of the {len(noise)} images; got {len(prompts)}")
         steps = self.draw_steps(generator) if steps is None else steps
-        if self.images_at_once and len(noise) > self.images_at_once and not torch.is_grad_enabled():
-            several = prompts if len(prompts) > 1 else prompts * len(noise)
-            starts = range(0, len(noise), self.images_at_once)
-            parts = [slice(start, start + self.images_at_once) for start in starts]
-            return torch.cat([self(model, several[part], noise[part], steps, generator) for part in parts])
         embeddings = model.encode([*prompts, ""])
         conditioning = embeddings[:-1].expand(len(noise), -1, -1)
         unconditional = embeddings[-1:].expand(len(noise), -1, -1)
 
         scheduler = copy.deepcopy(model.scheduler)  # it keeps the history of its multistep solver
-        scheduler.set_timesteps(steps, device=noise.device)
+        scheduler.set_timesteps(steps)  # on the CPU, where its lookups do not make a GPU wait
         path = self._path(model.scheduler, steps, len(scheduler.timesteps), generator)
 
         sources = noise_sources(scheduler, noise)
@@ -189,14 +185,14 @@ class Sampler:
         scale: float | None,
     ) -> Tensor:
         """Predicts the guided noise ε_t, without a graph if `scale` is None."""
-        if scale is None:
-            with torch.no_grad():
-                return model.guided(latents, timestep, conditioning, unconditional, self.guidance_scale)
-        if not self.gradient.coupled:
+        if scale is not None and not self.gradient.coupled:
             latents = latents.detach()
-        guided = self._wrap(model.guided)
-        prediction = guided(latents, timestep, conditioning, unconditional, self.guidance_scale)
-        return scale_gradient(prediction, scale)
+        guided = model.guided if scale is None else self._wrap(model.guided)
+        parts = (tensor.split(self.images_at_once or len(tensor)) for tensor in (latents, conditioning, unconditional))
+        with torch.set_grad_enabled(scale is not None):
+            found = [guided(z, timestep, c, empty, self.guidance_scale) for z, c, empty in zip(*parts, strict=True)]
+        prediction = torch.cat(found)
+        return prediction if scale is None else scale_gradient(prediction, scale)
 
     def _wrap(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return checkpointed(function) if self.checkpoint else function

@@ -165,7 +165,7 @@ def test_random_steps_are_unbiased(toy: Toy, weights: str, count: int, monkeypat
 def test_checkpointed_gradient_is_the_plain_one(toy: Toy, path: GradientPath) -> None:
     plain = toy_gradient(toy, path, checkpoint=False)
     for chunk in (1, 2, 8):
-        assert_close(toy_gradient(toy, path, checkpoint=True, decode_chunk=chunk), plain)
+        assert_close(toy_gradient(toy, path, checkpoint=True, decode_chunk=chunk, images_at_once=chunk), plain)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -211,17 +211,16 @@ def test_some_images_at_a_time_are_those_of_all(toy: Toy, scheduler: str, monkey
     sizes, guided = [], toy.guided
     monkeypatch.setattr(toy, "guided", lambda latents, *rest: sizes.append(len(latents)) or guided(latents, *rest))
     for prompts in ("a chef", ["a chef", "a nurse", "a judge", "a pilot", "a cook"]):
-        with torch.no_grad():
-            whole = Sampler(steps=3)(toy, prompts, toy_noise(5))
-            assert set(sizes) == {5}
-            sizes.clear()
-            parts = Sampler(steps=3, images_at_once=2)(toy, prompts, toy_noise(5))
-        assert sizes == [2] * 6 + [1] * 3
-        assert_close(parts, whole)
-        sizes.clear()
-        Sampler(steps=3, images_at_once=2)(toy, prompts, toy_noise(5))
-        assert set(sizes) == {5}  # where gradients are wanted, the batch stays whole
-        sizes.clear()
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                sizes.clear()
+                whole = Sampler(steps=3)(toy, prompts, toy_noise(5))
+                assert sizes == [5] * 3
+                sizes.clear()
+                parts = Sampler(steps=3, images_at_once=2)(toy, prompts, toy_noise(5))
+            assert sizes == [2, 2, 1] * 3
+            assert_close(parts, whole)
+            assert parts.requires_grad == gradients
 
 
 def test_guidance_scale_one_calls_the_network_with_one_batch(toy: Toy, monkeypatch) -> None:
