@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint portraits clean
+.PHONY: help quickstart test lint portraits benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,11 @@ lint: $(STAMP) ## check style and formatting, change nothing
 
 portraits: $(STAMP) ## train the miniature Stable Diffusion in data/portraits again (hours)
 	$(BIN)/python -m fairness_dft.portraits $(ARGS)
+
+benchmark: $(STAMP) ## measure a training step and its targets beside the authors' way (minutes)
+	@$(PIP) --editable '.[benchmark]'
+	$(BIN)/python -m benchmarks.transport
+	$(BIN)/python -m benchmarks.step $(ARGS)
 
 clean: ## remove caches, build products and the install stamp; keeps .venv, runs and data
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* $(STAMP)

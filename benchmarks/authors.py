@@ -1,0 +1,94 @@
+"""The authors' training step, written again to be read, on the networks of this project.
+
+For one prompt and N noises it runs the sampler three times: with the trained model and no graph, for the classes that
+the targets are assigned to; with the frozen model and no graph, for what images should resemble; and with the trained
+model and a graph, one micro-batch after the other, each with its own loss and its own backward pass. The U-Net and the
+VAE keep the inputs of their blocks and compute the blocks again (gradient checkpointing of diffusers), latents are
+detached before they enter the U-Net, and a hook scales the gradient of each prediction.
+
+References:
+    The authors' published code: https://github.com/sail-sg/finetune-fair-diffusion
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fairness_dft.classifiers import Verdict
+from fairness_dft.gradients import authors_weights
+from fairness_dft.losses import alignment_loss
+from fairness_dft.module import FairFinetuning, Original
+from fairness_dft.prompts import PromptBatch
+
+
+def sample(module: FairFinetuning, prompt: str, noise: Tensor, steps: int) -> Tensor:
+    """Images of the active adapter, with a graph where gradients are enabled, in one piece."""
+    generator, scale = module.generator, module.sampler.guidance_scale
+    prompts = [prompt] * len(noise)
+    conditioning, unconditional = generator.encode(prompts), generator.encode([""] * len(noise))
+    scheduler = copy.deepcopy(generator.scheduler)
+    scheduler.set_timesteps(steps, device=noise.device)
+    weights = authors_weights(scheduler, scheduler.timesteps).tolist()
+    latents = noise * scheduler.init_noise_sigma
+    for timestep, weight in zip(scheduler.timesteps, weights, strict=True):
+        inputs = scheduler.scale_model_input(latents.detach(), timestep)
+        prediction = generator.guided(inputs, timestep, conditioning, unconditional, scale)
+        if prediction.requires_grad:
+            prediction.register_hook(lambda gradient, weight=weight: gradient * weight)
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+    return generator.decode(latents)
+
+
+@contextmanager
+def blocks_again(module: FairFinetuning) -> Iterator[None]:
+    """Within, U-Net and VAE compute their blocks again in the backward pass."""
+    networks = module.generator.unet, module.generator.vae
+    for network in networks:
+        network.enable_gradient_checkpointing()
+    yield
+    for network in networks:
+        network.disable_gradient_checkpointing()
+
+
+def rows_of(verdict: Verdict, rows: slice) -> Verdict:
+    """What was seen in some of the images."""
+    logits = {name: values[rows] for name, values in verdict.logits.items()}
+    return Verdict(logits, verdict.face[rows], verdict.boxes[rows])
+
+
+def authors_step(
+    module: FairFinetuning, batch: PromptBatch, micro_batch: int, backward: Callable[[Tensor], None]
+) -> None:
+    """Leave the gradient of one training step in the parameters.
+
+    Args:
+        module: the networks, losses and settings; `sampler.gradient` is not read.
+        batch: prompt and seeds.
+        micro_batch: images of the pass with a graph, at a time.
+        backward: called with the loss of each micro-batch.
+    """
+    noise, steps = module.generator.noise(batch.seeds), module.sampler.draw_steps(module.randomness())
+    prompt, starts = batch.prompt.text, range(0, len(noise), micro_batch)
+    parts = [slice(start, min(start + micro_batch, len(noise))) for start in starts]
+
+    with torch.no_grad():
+        images = torch.cat([sample(module, prompt, noise[part], steps) for part in parts])
+        alignments = module.assign(module.judge(images), module.target(batch.prompt), module.randomness())
+        with module.adapter.using("original"):
+            images = torch.cat([sample(module, prompt, noise[part], steps) for part in parts])
+        verdict = module.judge(images)
+        features = [torch.cat([net(images[part]) for part in parts]) for net in module.features]
+
+    for part in parts:
+        own = {name: replace(a, targets=a.targets[part], chosen=a.chosen[part]) for name, a in alignments.items()}
+        original = Original(rows_of(verdict, part), [feature[part] for feature in features])
+        with blocks_again(module):
+            images = sample(module, prompt, noise[part], steps)
+            found = module.judge(images)
+            loss = sum(alignment_loss(found.logits[name], alignment) for name, alignment in own.items())
+            semantics = module.image_semantics(images, found, original, own) * len(images) / len(noise)
+            backward(loss + module.semantics_weight * semantics)

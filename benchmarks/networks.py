@@ -1,0 +1,152 @@
+"""What is measured: the miniature with its own weights, or networks of real sizes with random ones.
+
+Time and memory do not depend on what the weights are, so Stable Diffusion 1.5, CLIP ViT-H/14 and DINOv2 ViT-B/14 are
+built from their published configurations. No face is found in noise, so the whole frame is classified, by a MobileNetV2
+of 224 px in place of the authors' MobileNetV3.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from typing_extensions import override
+
+from fairness_dft.adapters import TextEncoderLoRA
+from fairness_dft.attributes import Attribute
+from fairness_dft.classifiers import ImageClassifier, Judge
+from fairness_dft.diffusion import StableDiffusion, find_scheduler
+from fairness_dft.features import Clip, Dino
+from fairness_dft.loading import resolve
+from fairness_dft.portraits.base import judges
+from fairness_dft.preprocessing import Preprocessing
+
+MEAN, DEVIATION = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+PORTRAITS = "data/portraits"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a measurement is.
+
+    Attributes:
+        networks: the miniature, or Stable Diffusion 1.5 and feature networks of real sizes.
+        resolution: of the images, in pixels.
+        images: N.
+        micro_batch: images that a network works on at a time where it builds a graph.
+        steps: T.
+        guidance_scale: s.
+    """
+
+    networks: Literal["miniature", "sd15"]
+    resolution: int
+    images: int
+    micro_batch: int
+    steps: int
+    guidance_scale: float
+
+
+SCALES = {
+    "miniature": Scale("miniature", 64, images=8, micro_batch=8, steps=8, guidance_scale=1.75),
+    "sd15-cpu": Scale("sd15", 128, images=2, micro_batch=1, steps=4, guidance_scale=7.5),
+    "sd15-gpu": Scale("sd15", 512, images=24, micro_batch=6, steps=20, guidance_scale=7.5),
+}
+
+
+class RandomStableDiffusion(StableDiffusion):
+    """Stable Diffusion 1.5 by its configuration, with random weights, built on the default device."""
+
+    @override
+    def check(self) -> None:
+        with torch.device("cpu"):
+            self.scheduler = find_scheduler(self.scheduler_name)(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+            )
+
+    @override
+    def load(self) -> None:
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+        if hasattr(self, "unet"):
+            return
+        self.check()
+        # Its words are the miniature's, its length the real one's.
+        self.tokenizer = CLIPTokenizer.from_pretrained(resolve(PORTRAITS) / "pipeline" / "tokenizer")
+        self.tokenizer.model_max_length = 77
+        text_encoder = CLIPTextConfig(
+            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        )
+        self.text_encoder = CLIPTextModel(text_encoder)
+        self.unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+        self.vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            sample_size=512,
+        )
+        for network in (self.vae, self.unet):
+            network.to(memory_format=torch.channels_last)
+        self.latent_shape = (4, *self._latent_size())
+        self.to(self.weights_dtype).requires_grad_(False).eval()
+
+
+class RandomClip(Clip):
+    """The vision tower of CLIP ViT-H/14, with random weights."""
+
+    @override
+    def load(self) -> None:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        config = CLIPVisionConfig(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
+            projection_dim=1024, hidden_act="gelu",
+        )  # fmt: skip
+        self.preprocessing = Preprocessing((224, 224), MEAN, DEVIATION, "bicubic")
+        self.network = CLIPVisionModelWithProjection(config).requires_grad_(False).eval()
+
+
+class RandomDino(Dino):
+    """DINOv2 ViT-B/14, with random weights."""
+
+    @override
+    def load(self) -> None:
+        from transformers import Dinov2Config, Dinov2Model
+
+        self.preprocessing = Preprocessing((224, 224), MEAN, DEVIATION, "bicubic")
+        self.network = Dinov2Model(Dinov2Config(image_size=518, patch_size=14)).requires_grad_(False).eval()
+
+
+class RandomClassifier(ImageClassifier):
+    """MobileNetV2 with random weights that tells two classes of gender."""
+
+    @override
+    def load(self) -> None:
+        from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+        self.preprocessing = Preprocessing((224, 224), MEAN, DEVIATION)
+        network = MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=2))
+        self.network = network.requires_grad_(False).eval()
+        self.columns = {"gender": {"woman": 0, "man": 1}}
+        self.heads = {"gender": ("woman", "man")}
+
+
+def parts(scale: Scale, weights_dtype: str = "float32") -> dict:
+    """The arguments of `FairFinetuning` that say what is trained, by what, towards what.
+
+    Args:
+        scale: what to build.
+        weights_dtype: of the frozen generator.
+    """
+    common = dict(adapter=TextEncoderLoRA(rank=50), attribute=Attribute("gender", confidence=0.55), weight_decay=0.0)
+    if scale.networks == "miniature":
+        return common | dict(
+            generator=StableDiffusion(f"{PORTRAITS}/pipeline", weights_dtype=weights_dtype),
+            judge=judges(resolve(PORTRAITS))["training"],
+            features=[Clip(f"{PORTRAITS}/clip"), Dino(f"{PORTRAITS}/dino")],
+        )
+    return common | dict(
+        generator=RandomStableDiffusion("random", resolution=scale.resolution, weights_dtype=weights_dtype),
+        judge=Judge(RandomClassifier("random")),
+        features=[RandomClip("random"), RandomDino("random")],
+    )

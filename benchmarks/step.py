@@ -1,0 +1,324 @@
+"""One training step: the authors' way beside ours, on the same networks, seeds and loss, in one run.
+
+    python -m benchmarks.step --scale miniature
+
+The ways take turns. A first round, which is not timed, counts floating point operations, in units of one sampling
+pass of the denoising network (N images, T steps, with guidance, no graph), or only warms up in two steps (--no-count);
+gradients are compared with the authors' of the same round. Memory is the most that CUDA allocated during the step; on a
+CPU it is how far the resident memory of a child process, which takes this one way, rises above what it held before.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import logging
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
+
+from benchmarks.authors import authors_step
+from benchmarks.networks import SCALES, Scale, parts
+from fairness_dft.gradients import GradientPath
+from fairness_dft.module import FairFinetuning
+from fairness_dft.prompt_files import Prompt
+from fairness_dft.prompts import PromptBatch
+from fairness_dft.sampler import Sampler
+
+PROMPT = "A photo of the face of a firefighter, a person"
+
+
+@dataclass
+class Way:
+    """One way to take a training step, and what was measured of it.
+
+    Attributes:
+        sampler: ours; None for the authors' step.
+        warm: whether what is needed of the original images is remembered.
+        seconds: of each timed round.
+        memory: peak, in bytes.
+        operations: in sampling passes of the denoising network.
+        gradient: of the last round.
+        cosine: of the gradient with the authors'.
+        difference: from the authors' gradient, relative to its length.
+    """
+
+    sampler: Sampler | None = None
+    warm: bool = False
+    seconds: list[float] = field(default_factory=list)
+    memory: int = 0
+    operations: float | None = None
+    gradient: Tensor | None = None
+    cosine: float | None = None
+    difference: float | None = None
+
+
+def ways(scale: Scale) -> dict[str, Way]:
+    """All ways that are compared, the authors' first."""
+    found = {"authors": Way()}
+    shared = dict(steps=scale.steps, guidance_scale=scale.guidance_scale)
+    shared |= dict(decode_chunk=scale.micro_batch, images_at_once=scale.micro_batch)
+    for name, checkpoint in {"exact": True, "exact, activations kept": False}.items():
+        if not checkpoint and scale.resolution == 512:
+            continue  # terabytes
+        for warm in (False, True):
+            sampler = Sampler(**shared, checkpoint=checkpoint, gradient=GradientPath(weights="authors"))
+            found[f"{name}, {'warm' if warm else 'cold'}"] = Way(sampler, warm)
+    for count in sorted({1, max(1, scale.steps // 4)}):
+        for warm in (False, True):
+            path = GradientPath(weights="authors", steps="random", count=count)
+            sampler = Sampler(**shared, checkpoint=True, gradient=path)
+            found[f"{count} of {scale.steps} steps, {'warm' if warm else 'cold'}"] = Way(sampler, warm)
+    return found
+
+
+class Comparison(FairFinetuning):
+    """Takes the ways in turns, round after round, and changes no weight."""
+
+    def __init__(self, scale: Scale, compared: dict[str, Way], warm_up: bool, count: bool, **arguments) -> None:
+        super().__init__(**arguments)
+        self.automatic_optimization = False
+        self.scale, self.compared, self.warm_up, self.count = scale, compared, warm_up, count
+
+    @override
+    def on_train_start(self) -> None:
+        # The factor B of a new LoRA is zero, which leaves half of the gradient zero too.
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.trained():
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+    def trained(self) -> list[Tensor]:
+        """The parameters that have a gradient."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @override
+    def randomness(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.trainer.fit_loop.total_batch_idx // len(self.compared))
+
+    @override
+    def report_step(self, *values) -> None:
+        pass
+
+    @override
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        name = list(self.compared)[batch_idx % len(self.compared)]
+        way = self.compared[name]
+        first = self.warm_up and batch_idx < len(self.compared)
+        # Features and classifier of the authors' micro-batches keep their activations.
+        self.sampler = way.sampler or Sampler(
+            self.scale.steps, guidance_scale=self.scale.guidance_scale, checkpoint=False,
+            decode_chunk=self.scale.micro_batch,
+        )  # fmt: skip
+        if first and not self.count:
+            self.sampler = copy.copy(self.sampler)
+            self.sampler.steps = self.sampler.steps_max = 2
+        if way.warm:
+            self.original(batch, self.generator.noise(batch.seeds), self.sampler.steps)
+        else:
+            self.originals.clear()
+        for parameter in self.trained():
+            parameter.grad = None
+
+        def step() -> None:
+            if way.sampler is None:
+                authors_step(self, batch, self.scale.micro_batch, self.manual_backward)
+            else:
+                self.manual_backward(FairFinetuning.training_step(self, batch, batch_idx))
+
+        if first:
+            with FlopCounterMode(display=False) if self.count else nullcontext() as counter:
+                step()
+            if counter:
+                way.operations = counter.get_total_flops() / self.sampling_pass(batch)
+            return
+        seconds, memory = measured(step, self.device)
+        print(f"{name}: {seconds:.3f} s, {memory / 2**20:.0f} MiB", file=sys.stderr, flush=True)
+        way.seconds.append(seconds)
+        way.memory = max(way.memory, memory)
+        self.compare(way)
+
+    def compare(self, way: Way) -> None:
+        """Set the gradient beside the authors' of this round."""
+        way.gradient = torch.cat([parameter.grad.flatten().double().cpu() for parameter in self.trained()])
+        reference = self.compared["authors"].gradient if "authors" in self.compared else way.gradient
+        way.cosine = float(cosine_similarity(way.gradient, reference, dim=0))
+        way.difference = float((way.gradient - reference).norm() / reference.norm())
+
+    def sampling_pass(self, batch: PromptBatch) -> int:
+        """Floating point operations of the denoising network in one sampling pass."""
+        noise = self.generator.noise(batch.seeds)
+        context = self.generator.encode([""]).expand(len(noise), -1, -1)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.generator.guided(noise, torch.tensor(1), context, context, self.scale.guidance_scale)
+        return counter.get_total_flops() * self.scale.steps
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.trained(), lr=0.0)
+
+
+def measured(function: Callable[[], None], device: torch.device) -> tuple[float, int]:
+    """Seconds and peak bytes above what was held before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
+    with Resident() as resident:
+        start = time.perf_counter()
+        function()
+        seconds = time.perf_counter() - start
+    return seconds, resident.peak - resident.before
+
+
+class Resident(threading.Thread):
+    """Watches the resident memory of this process, in bytes, a hundred times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.done = threading.Event()
+        self.before = self.peak = self.now()
+
+    @staticmethod
+    def now() -> int:
+        """What the process holds now."""
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    @override
+    def run(self) -> None:
+        while not self.done.wait(0.01):
+            self.peak = max(self.peak, self.now())
+
+    def __enter__(self) -> "Resident":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.done.set()
+        self.join()
+
+
+class OneBatch(LightningDataModule):
+    """The same prompt and the same seeds, again and again."""
+
+    def __init__(self, images: int, batches: int) -> None:
+        super().__init__()
+        prompt = Prompt(PROMPT, "firefighter", "occupation")
+        self.batch = PromptBatch(prompt=prompt, index=0, recurs=True, seeds=torch.arange(images))
+        self.batches = batches
+
+    @override
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([self.batch] * self.batches, batch_size=None)
+
+
+def measure(scale: Scale, compared: dict[str, Way], options: argparse.Namespace) -> None:
+    """Fill in what the ways are measured to be."""
+    warm_up = not options.only
+    batches = (options.rounds + warm_up) * len(compared)
+    accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    with torch.device("cuda" if accelerator == "gpu" and scale.networks == "sd15" else "cpu"):
+        arguments = parts(scale, options.weights) | dict(sampler=Sampler(scale.steps))
+        module = Comparison(scale, compared, warm_up, not options.no_count, **arguments)
+        module.configure_model()
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(
+        accelerator=accelerator, devices=1, max_epochs=1, limit_val_batches=0, precision=options.precision, **off
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no validation and few workers are meant
+        trainer.fit(module, OneBatch(scale.images, batches))
+
+
+def main() -> None:
+    """Measure, print a table and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="miniature")
+    parser.add_argument("--rounds", type=int, default=5, help="timed ones, after one that is not")
+    parser.add_argument("--precision", default="32-true", help="of the trainer, such as bf16-mixed or 16-mixed")
+    parser.add_argument("--weights", default="float32", help="data type of the frozen generator")
+    parser.add_argument("--images", type=int, help="another N")
+    parser.add_argument("--micro-batch", type=int, help="another micro-batch")
+    parser.add_argument("--steps", type=int, help="another T")
+    parser.add_argument("--no-count", action="store_true", help="do not count floating point operations")
+    parser.add_argument("--only", help="measure one way and print it as JSON")
+    parser.add_argument("--output", type=Path, help="a JSON file for the figures")
+    options = parser.parse_args()
+    given = {name: getattr(options, name) for name in ("images", "micro_batch", "steps")}
+    scale = replace(SCALES[options.scale], **{name: value for name, value in given.items() if value})
+
+    compared = ways(scale)
+    if options.only:
+        compared = {options.only: compared[options.only]}
+    torch.manual_seed(0)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    measure(scale, compared, options)
+    if options.only:
+        print(json.dumps(compared[options.only].memory))
+        return
+    if not torch.cuda.is_available():
+        for name, way in compared.items():
+            command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--only", name, "--rounds", "1"]
+            # So that what is freed is given back, and the resident memory tells what is held.
+            environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+            printed = subprocess.run(
+                command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            ).stdout
+            way.memory = json.loads(printed.splitlines()[-1])
+    show(compared, f"{options.scale}: {scale}, {options.precision}, weights in {options.weights}, {machine()}")
+    if options.output:
+        figures = {name: figures_of(way) for name, way in compared.items()}
+        options.output.write_text(json.dumps({"machine": machine(), "scale": str(scale), "ways": figures}, indent=1))
+
+
+def machine() -> str:
+    """What this was measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return f"{device}, torch {torch.__version__}"
+
+
+def figures_of(way: Way) -> dict[str, float | list[float] | None]:
+    """What was measured, for JSON."""
+    names = ("seconds", "memory", "operations", "cosine", "difference")
+    return {name: getattr(way, name) for name in names}
+
+
+def show(compared: dict[str, Way], title: str) -> None:
+    """Print all ways beside the authors'."""
+    columns = "seconds", "spread", "of the authors'", "memory (MiB)", "of the authors'", "sampling passes", "cosine"
+    table = Table("way", *columns, "difference", title=title)
+    authors = compared["authors"]
+    for name, way in compared.items():
+        seconds, base = statistics.median(way.seconds), statistics.median(authors.seconds)
+        spread = max(way.seconds) - min(way.seconds)
+        values = f"{seconds:.3f}", f"{spread:.3f}", f"{seconds / base:.2f}", f"{way.memory / 2**20:.0f}"
+        counted = "-" if way.operations is None else f"{way.operations:.2f}"
+        rest = f"{way.memory / authors.memory:.2f}", counted, f"{way.cosine:.6f}", f"{way.difference:.1e}"
+        table.add_row(name, *values, *rest)
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
