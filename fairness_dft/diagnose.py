@@ -8,6 +8,7 @@ are about the first training prompt: different prompts may ask for opposite chan
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from typing_extensions import override
 from fairness_dft.cli import MONITORS, FairnessCLI, new_folder, run_main
 from fairness_dft.diagnosis import DEVIATION, PATHS, GradientStatistics, clipped, flatten, passes, step_gradients
 from fairness_dft.module import FairFinetuning
+from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
 
 PARTS = {
@@ -30,6 +32,8 @@ PARTS = {
     "bare": "|∂ε_t/∂θ|, without the solver's weight",
 }
 BUDGET = 8  # gradients of all steps, whose cost is given to every path
+
+PROMPT_HELP = "A training prompt or its subject, or any other text; the first training prompt by default."
 
 
 class Diagnosis(FairFinetuning):
@@ -76,6 +80,7 @@ class DiagnoseCLI(FairnessCLI):
         parser.set_defaults({"output": "diagnoses"})
         parser.add_argument("--noises", type=int, default=8, help="Initial noises of the step by step picture.")
         parser.add_argument("--batches", type=int, default=16, help="Training batches that are compared.")
+        parser.add_argument("--prompt", type=str | None, default=None, help=PROMPT_HELP)
 
     @property
     def folder(self) -> Path:
@@ -110,10 +115,10 @@ def main(args: ArgsType = None) -> None:
     if trainer.world_size > 1:
         raise ValueError(f"--trainer.devices: a diagnosis takes one device, but got {trainer.world_size}")
     data.check(["train"], 1)
+    prompt = chosen_prompt(data.prompts("train"), cli.config.prompt)
     data.limits["train"], data.noise_pool = 1, None
-    (prompt,) = data.prompts("train")[:1]
     loader = data.train_dataloader()  # goes on with fresh noise every time
-    batches = [batch for _ in range(cli.config.batches) for batch in loader][: cli.config.batches]
+    batches = [replace(batch, prompt=prompt) for _ in range(cli.config.batches) for batch in loader]
     trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, tuple(MONITORS.values()))]
     module.generator.check()
     module.configure_model()
@@ -128,6 +133,13 @@ def main(args: ArgsType = None) -> None:
     draw_paths(folder / "paths.png", rows)
     print_paths(rows)
     print(f"Pictures: {folder / 'steps.png'} and {folder / 'paths.png'}\nTables:   steps.csv and paths.csv beside them")
+
+
+def chosen_prompt(known: Sequence[Prompt], wanted: str | None) -> Prompt:
+    """The first training prompt, the one of this text or subject, or, if there is none, the text itself."""
+    if wanted is None:
+        return known[0]
+    return next((prompt for prompt in known if wanted in (prompt.text, prompt.subject)), Prompt(wanted, wanted, "own"))
 
 
 def compare_paths(

@@ -13,9 +13,10 @@ from test_adapters import EXPORTED, load, randomize
 from tiny import build_tiny_pipeline
 from torch.testing import assert_close
 
-from fairness_dft.diagnose import main
+from fairness_dft.diagnose import chosen_prompt, main
 from fairness_dft.diagnosis import PATHS, GradientStatistics, clipped, flatten, passes, step_gradients
 from fairness_dft.gradients import GradientPath
+from fairness_dft.prompt_files import Prompt
 from fairness_dft.sampler import Sampler
 
 ROOT = PORTRAITS.parents[1]
@@ -145,13 +146,13 @@ def test_batches_are_of_one_prompt_with_noise_of_their_own(tmp_path: Path, monke
         pass
 
     def see(trainer, module, batches):
-        assert len(batches) == 5 and len({batch.prompt.text for batch in batches}) == 1
+        assert len(batches) == 5 and {batch.prompt.subject for batch in batches} == {"financial manager"}
         assert len({tuple(batch.seeds.tolist()) for batch in batches}) == 5
         raise Seen
 
     monkeypatch.setattr("fairness_dft.diagnose.compare_paths", see)
     with pytest.raises(Seen):
-        main([*MINIATURE, f"--output={tmp_path}", "--batches=5"])
+        main([*MINIATURE, f"--output={tmp_path}", "--batches=5", "--prompt=financial manager"])
 
 
 def test_a_diagnosis_leaves_tables_and_pictures(diagnosed: Path) -> None:
@@ -167,6 +168,13 @@ def test_a_diagnosis_leaves_tables_and_pictures(diagnosed: Path) -> None:
     for name in ("steps.png", "paths.png"):
         with Image.open(diagnosed / name) as picture:
             assert picture.size == (1050, 675) and np.asarray(picture.convert("L")).std() > 10
+
+
+def test_the_prompt_is_the_first_or_one_by_text_or_subject_or_new() -> None:
+    known = [Prompt("A photo of a chef", "chef", "occupation"), Prompt("A photo of a nurse", "nurse", "occupation")]
+    assert chosen_prompt(known, None) == known[0]
+    assert chosen_prompt(known, "nurse") == chosen_prompt(known, "A photo of a nurse") == known[1]
+    assert chosen_prompt(known, "a wizard").text == "a wizard"
 
 
 @pytest.mark.parametrize(
