@@ -21,7 +21,8 @@ from torch import Tensor
 from fairness_dft.classifiers import Verdict
 from fairness_dft.gradients import authors_weights
 from fairness_dft.losses import alignment_loss
-from fairness_dft.module import FairFinetuning, Original
+from fairness_dft.module import FairFinetuning
+from fairness_dft.originals import Original
 from fairness_dft.prompts import PromptBatch
 
 

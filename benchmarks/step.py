@@ -226,7 +226,7 @@ class OneBatch(LightningDataModule):
     def __init__(self, images: int, batches: int) -> None:
         super().__init__()
         prompt = Prompt(PROMPT, "firefighter", "occupation")
-        self.batch = PromptBatch(prompt=prompt, index=0, recurs=True, seeds=torch.arange(images))
+        self.batch = PromptBatch(prompt=prompt, index=0, noise_set=0, seeds=torch.arange(images))
         self.batches = batches
 
     @override

@@ -63,6 +63,11 @@ class FaceDetector(ABC):
             ValueError: if they are not there, or not a face detector's.
         """
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of the weights, once loaded: what is remembered of images is forgotten where they change."""
+        return []
+
     @abstractmethod
     def detect(self, picture: np.ndarray) -> Detections:
         """Find the faces of a picture: uint8 with shape (H, W, 3), blue, green, red."""
@@ -128,6 +133,11 @@ class InsightFace(FaceDetector):
         analysis.prepare(ctx_id=0, det_thresh=self.threshold, det_size=self.size)
         return analysis
 
+    @property
+    @override
+    def files(self) -> list[Path]:
+        return [Path(self._detector.model_file)]
+
     @override
     def detect(self, picture: np.ndarray) -> Detections:
         boxes, landmarks = self._detector.detect(picture)
@@ -171,6 +181,11 @@ class YuNet(FaceDetector):
             ) from error
 
         self._lock = Lock()
+
+    @property
+    @override
+    def files(self) -> list[Path]:
+        return [Path(file_or_hub(self.path))]
 
     @override
     def detect(self, picture: np.ndarray) -> Detections:

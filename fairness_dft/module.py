@@ -10,7 +10,7 @@ References:
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fairness_dft import __version__
 from fairness_dft.adapters import Adapter, Name, TextEncoderLoRA
 from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import Judge, Verdict
@@ -35,27 +36,13 @@ from fairness_dft.losses import (
     semantics_loss,
 )
 from fairness_dft.metrics import class_bias, finite_sample_floor
+from fairness_dft.originals import Original, OriginalStore, content_of
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
 from fairness_dft.sampler import Sampler
 from fairness_dft.transport import expected_joint_targets
 
 Schedule = Literal["constant", "linear", "cosine"]
-
-
-@dataclass(frozen=True)
-class Original:
-    """What training needs to know of the frozen model's images o: a few kilobytes an image, not its pixels.
-
-    Attributes:
-        verdict: what the judge sees in them.
-        features: the embeddings by each feature network, with shapes (N, D).
-        faces: the embeddings of the aligned faces, with shape (N, D); None without face realism.
-    """
-
-    verdict: Verdict
-    features: list[Tensor]
-    faces: Tensor | None = None
 
 
 class FairFinetuning(LightningModule):
@@ -78,6 +65,8 @@ class FairFinetuning(LightningModule):
             the trainer's `max_steps`, which takes the noise out of a short run's last steps.
         draws: number of draws for the transport targets where they cannot be enumerated.
         seed: seeds the number of sampling steps and the steps that carry gradient.
+        originals_folder: keeps what training needs to know of the frozen model's images, a few kilobytes each, for
+            later runs, where the same noise recurs (`data.noise_pool`); by default this run alone remembers it.
     """
 
     def __init__(
@@ -97,6 +86,7 @@ class FairFinetuning(LightningModule):
         schedule: Schedule = "constant",
         draws: int = 100,
         seed: int = 0,
+        originals_folder: str | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False
@@ -110,6 +100,7 @@ class FairFinetuning(LightningModule):
         self.schedule = schedule
         self.draws, self.seed = draws, seed
         self.originals: dict[tuple[Any, ...], Original] = {}
+        self.originals_folder, self.original_store = originals_folder, None
         self.loaded = False
 
     @override
@@ -118,6 +109,8 @@ class FairFinetuning(LightningModule):
         if self.loaded:
             return
         self.generator.check()
+        if self.originals_folder:
+            OriginalStore(Path(self.originals_folder), "").check()
         if self.face_realism:
             if not self.judge.faces.finds_landmarks:
                 raise ValueError(
@@ -132,6 +125,9 @@ class FairFinetuning(LightningModule):
         for network in self.features:
             network.load()
         self.generator.load()
+        if self.originals_folder:
+            embedding = self.face_realism and self.face_realism.embedding
+            self.frozen = content_of(self.generator, self.judge, list(self.features), embedding)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.adapter.attach(self.generator)
@@ -139,6 +135,9 @@ class FairFinetuning(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
+        if self.originals_folder:
+            settings = self.sampler.guidance_scale, str(self.trainer.precision), self.device.type, __version__
+            self.original_store = OriginalStore(Path(self.originals_folder), f"{self.frozen} {settings}")
         # Lightning warns of networks in evaluation mode; here they are frozen on purpose.
         warnings.filterwarnings("ignore", message="Found .* in eval mode")
         # And of a first step that was skipped, as the scaled loss of 16-mixed often makes it.
@@ -173,7 +172,7 @@ class FairFinetuning(LightningModule):
     @override
     def training_step(self, batch: PromptBatch, batch_idx: int) -> STEP_OUTPUT:
         random = self.randomness()
-        noise, steps = self.generator.noise(batch.seeds), self.sampler.draw_steps(random)
+        noise, steps = self.generator.noise(batch.seeds), self.draw_steps(batch, random)
         original = self.original(batch, noise, steps)
         images = self.sampler(self.generator, batch.prompt.text, noise, steps, random)
 
@@ -235,6 +234,12 @@ class FairFinetuning(LightningModule):
         batches = self.trainer.fit_loop.total_batch_idx
         return torch.Generator().manual_seed(self.seed * 1_000_003 + batches)
 
+    def draw_steps(self, batch: PromptBatch, random: torch.Generator) -> int:
+        """The number of sampling steps: where the noise recurs the same each time, so that the original does too."""
+        if batch.recurs:
+            random = torch.Generator().manual_seed((self.seed * 1_000_003 + batch.index) * 1_009 + batch.noise_set)
+        return self.sampler.draw_steps(random)
+
     @torch.no_grad()
     def generate(self, name: Name, sampler: Sampler, batch: PromptBatch, noise: Tensor, steps: int) -> Tensor:
         """Images of the original, trained or EMA model, without a graph, with shape (N, 3, H, W), in [0, 1]."""
@@ -244,16 +249,26 @@ class FairFinetuning(LightningModule):
     @torch.no_grad()
     def original(self, batch: PromptBatch, noise: Tensor, steps: int) -> Original:
         """What training needs to know of the frozen model's images o, remembered where the same noise recurs."""
-        key = (batch.prompt.text, steps, *batch.seeds.tolist())
+        prompt, seeds = batch.prompt.text, batch.seeds.tolist()
+        key = (prompt, steps, *seeds)
         if key in self.originals:
             return self.originals[key]
-        images = self.generate("original", self.sampler, batch, noise, steps)
-        features = [self.sampler.in_chunks(network, images) for network in self.features]
-        verdict = self.judge(images)
-        original = Original(verdict, features, self.embed_faces(images, verdict))
+        store = self.original_store if batch.recurs else None
+        original = store.read(prompt, seeds, steps, noise.device) if store else None
+        if original is None:
+            original = self.look_at_original(batch, noise, steps)
+            if store:
+                store.write(prompt, seeds, steps, original)
         if batch.recurs:
             self.originals[key] = original
         return original
+
+    def look_at_original(self, batch: PromptBatch, noise: Tensor, steps: int) -> Original:
+        """Sample the frozen model's images, and keep what training needs to know of them."""
+        images = self.generate("original", self.sampler, batch, noise, steps)
+        features = [self.sampler.in_chunks(network, images) for network in self.features]
+        verdict = self.judge(images)
+        return Original(verdict, features, self.embed_faces(images, verdict))
 
     def assign(self, verdict: Verdict, target: Tensor, random: torch.Generator) -> dict[str, Alignment]:
         """Optimal-transport targets of the global batch for each attribute, and this rank's share of them."""

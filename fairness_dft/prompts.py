@@ -43,14 +43,19 @@ class PromptBatch:
     Attributes:
         prompt: the prompt P, the same on every rank.
         index: position of the prompt in its split.
-        recurs: whether this prompt comes with these seeds again, so that it pays to remember the originals.
+        noise_set: which of this prompt's sets of noises it is, where they come again; None for fresh noise.
         seeds: one noise seed for each image of this rank, with shape (N / world size,), int64, non-negative.
     """
 
     prompt: Prompt
     index: int
-    recurs: bool = False
+    noise_set: int | None = None
     seeds: Tensor
+
+    @property
+    def recurs(self) -> bool:
+        """Whether this prompt comes with these seeds again, so that it pays to remember the originals."""
+        return self.noise_set is not None
 
 
 def noise_seeds(seed: int, split: str, epoch: int, position: int, count: int) -> Tensor:
@@ -163,7 +168,7 @@ class TrainingPromptLoader(PromptLoader):
         if self.noise_pool is None:
             return super().batch(epoch, position, index)
         chosen = int(_hash(self.seed, (POOL_STREAM, epoch, position), 1)[0] % self.noise_pool)
-        return replace(super().batch(epoch=chosen, position=index, index=index), recurs=True)
+        return replace(super().batch(epoch=chosen, position=index, index=index), noise_set=chosen)
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns π_e, the prompt index at every position of an epoch, with shape (len(self),)."""

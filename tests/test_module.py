@@ -192,8 +192,8 @@ def test_originals_are_remembered_where_their_noise_recurs_and_change_nothing(mo
     assert first.recurs and first.prompt != second.prompt
     losses = [module.training_step(batch, 0).item() for batch in (first, second, first)]
     assert losses[0] == losses[2] != losses[1] and sampled == ["original"] * 2
-    module.training_step(replace(first, recurs=False, seeds=first.seeds + 1), 0)
-    module.training_step(replace(first, recurs=False, seeds=first.seeds + 1), 0)
+    module.training_step(replace(first, noise_set=None, seeds=first.seeds + 1), 0)
+    module.training_step(replace(first, noise_set=None, seeds=first.seeds + 1), 0)
     assert len(sampled) == 4 and len(module.originals) == 2
 
 
@@ -332,7 +332,7 @@ def test_remembered_originals_keep_their_faces(realism_files, monkeypatch):
     monkeypatch.setattr(type(module), "trainer", OneProcess())
     monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
     move(module, 0.3)
-    batch, results = replace(first_batch(images_per_prompt=8), recurs=True), []
+    batch, results = replace(first_batch(images_per_prompt=8), noise_set=0), []
     for _ in range(2):
         logged = {}
         record(monkeypatch, module, logged)
