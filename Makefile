@@ -28,7 +28,6 @@ portraits: $(STAMP) ## train the miniature Stable Diffusion in data/portraits ag
 	$(BIN)/python -m fairness_dft.portraits $(ARGS)
 
 benchmark: $(STAMP) ## measure a training step and its targets beside the authors' way (minutes)
-	@$(PIP) --editable '.[benchmark]'
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.step $(ARGS)
 

@@ -4,7 +4,8 @@ For one prompt and N noises it runs the sampler three times: with the trained mo
 the targets are assigned to; with the frozen model and no graph, for what images should resemble; and with the trained
 model and a graph, one micro-batch after the other, each with its own loss and its own backward pass. The U-Net and the
 VAE keep the inputs of their blocks and compute the blocks again (gradient checkpointing of diffusers), latents are
-detached before they enter the U-Net, and a hook scales the gradient of each prediction.
+detached before they enter the U-Net, and a hook scales the gradient of each prediction. The losses and how they are
+normalised are ours, so that gradients can be compared.
 
 References:
     The authors' published code: https://github.com/sail-sg/finetune-fair-diffusion
@@ -55,6 +56,11 @@ def blocks_again(module: FairFinetuning) -> Iterator[None]:
         network.disable_gradient_checkpointing()
 
 
+def slices(count: int, size: int) -> list[slice]:
+    """Rows 0 to `count`, `size` at a time."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def rows_of(verdict: Verdict, rows: slice) -> Verdict:
     """What was seen in some of the images."""
     logits = {name: values[rows] for name, values in verdict.logits.items()}
@@ -62,7 +68,11 @@ def rows_of(verdict: Verdict, rows: slice) -> Verdict:
 
 
 def authors_step(
-    module: FairFinetuning, batch: PromptBatch, micro_batch: int, backward: Callable[[Tensor], None]
+    module: FairFinetuning,
+    batch: PromptBatch,
+    micro_batch: int,
+    sampling_batch: int,
+    backward: Callable[[Tensor], None],
 ) -> None:
     """Leave the gradient of one training step in the parameters.
 
@@ -70,19 +80,19 @@ def authors_step(
         module: the networks, losses and settings; `sampler.gradient` is not read.
         batch: prompt and seeds.
         micro_batch: images of the pass with a graph, at a time.
+        sampling_batch: images of the passes without, at a time.
         backward: called with the loss of each micro-batch.
     """
     noise, steps = module.generator.noise(batch.seeds), module.sampler.draw_steps(module.randomness())
-    prompt, starts = batch.prompt.text, range(0, len(noise), micro_batch)
-    parts = [slice(start, min(start + micro_batch, len(noise))) for start in starts]
+    prompt, parts, larger = batch.prompt.text, slices(len(noise), micro_batch), slices(len(noise), sampling_batch)
 
     with torch.no_grad():
-        images = torch.cat([sample(module, prompt, noise[part], steps) for part in parts])
+        images = torch.cat([sample(module, prompt, noise[part], steps) for part in larger])
         alignments = module.assign(module.judge(images), module.target(batch.prompt), module.randomness())
         with module.adapter.using("original"):
-            images = torch.cat([sample(module, prompt, noise[part], steps) for part in parts])
+            images = torch.cat([sample(module, prompt, noise[part], steps) for part in larger])
         verdict = module.judge(images)
-        features = [torch.cat([net(images[part]) for part in parts]) for net in module.features]
+        features = [torch.cat([net(images[part]) for part in larger]) for net in module.features]
 
     for part in parts:
         own = {name: replace(a, targets=a.targets[part], chosen=a.chosen[part]) for name, a in alignments.items()}

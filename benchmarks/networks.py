@@ -33,6 +33,7 @@ class Scale:
         resolution: of the images, in pixels.
         images: N.
         micro_batch: images that a network works on at a time where it builds a graph.
+        sampling_batch: and where it does not.
         steps: T.
         guidance_scale: s.
     """
@@ -41,14 +42,15 @@ class Scale:
     resolution: int
     images: int
     micro_batch: int
+    sampling_batch: int
     steps: int
     guidance_scale: float
 
 
 SCALES = {
-    "miniature": Scale("miniature", 64, images=8, micro_batch=8, steps=8, guidance_scale=1.75),
-    "sd15-cpu": Scale("sd15", 128, images=2, micro_batch=1, steps=4, guidance_scale=7.5),
-    "sd15-gpu": Scale("sd15", 512, images=24, micro_batch=6, steps=20, guidance_scale=7.5),
+    "miniature": Scale("miniature", 64, images=8, micro_batch=8, sampling_batch=8, steps=8, guidance_scale=1.75),
+    "sd15-cpu": Scale("sd15", 128, images=2, micro_batch=1, sampling_batch=1, steps=4, guidance_scale=7.5),
+    "sd15-gpu": Scale("sd15", 512, images=24, micro_batch=4, sampling_batch=8, steps=20, guidance_scale=7.5),
 }
 
 

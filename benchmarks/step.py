@@ -140,7 +140,7 @@ class Comparison(FairFinetuning):
 
         def step() -> None:
             if way.sampler is None:
-                authors_step(self, batch, self.scale.micro_batch, self.manual_backward)
+                authors_step(self, batch, self.scale.micro_batch, self.scale.sampling_batch, self.manual_backward)
             else:
                 self.manual_backward(FairFinetuning.training_step(self, batch, batch_idx))
 
@@ -252,16 +252,23 @@ def measure(scale: Scale, compared: dict[str, Way], options: argparse.Namespace)
         trainer.fit(module, OneBatch(scale.images, batches))
 
 
+def positive(text: str) -> int:
+    """A number of at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def main() -> None:
     """Measure, print a table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="miniature")
-    parser.add_argument("--rounds", type=int, default=5, help="timed ones, after one that is not")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed ones, after one that is not")
     parser.add_argument("--precision", default="32-true", help="of the trainer, such as bf16-mixed or 16-mixed")
     parser.add_argument("--weights", default="float32", help="data type of the frozen generator")
-    parser.add_argument("--images", type=int, help="another N")
-    parser.add_argument("--micro-batch", type=int, help="another micro-batch")
-    parser.add_argument("--steps", type=int, help="another T")
+    parser.add_argument("--images", type=positive, help="another N")
+    parser.add_argument("--micro-batch", type=positive, help="another micro-batch")
+    parser.add_argument("--steps", type=positive, help="another T")
     parser.add_argument("--no-count", action="store_true", help="do not count floating point operations")
     parser.add_argument("--only", help="measure one way and print it as JSON")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
@@ -270,6 +277,10 @@ def main() -> None:
     scale = replace(SCALES[options.scale], **{name: value for name, value in given.items() if value})
 
     compared = ways(scale)
+    if options.only and options.only not in compared:
+        parser.error(f"--only: {options.only!r} is none of {', '.join(compared)}")
+    if options.output and not options.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {options.output.parent}")
     if options.only:
         compared = {options.only: compared[options.only]}
     torch.manual_seed(0)

@@ -3,7 +3,8 @@
 The settings are those of `fairness_dft.fit`. Two questions are answered, each with a picture and a table: how large a
 part each sampling step has in the gradient, exactly and without the coupling of the steps (Fig. 1b of the paper), and
 how well the gradients of independent training batches agree, for each way of computing them and at the same cost. Both
-are about the first training prompt: different prompts may ask for opposite changes, whose gradients cancel.
+are about one prompt, the first training prompt or that of `--prompt`: different prompts may ask for opposite changes,
+whose gradients cancel.
 """
 
 import csv
@@ -116,7 +117,9 @@ def main(args: ArgsType = None) -> None:
         raise ValueError(f"--trainer.devices: a diagnosis takes one device, but got {trainer.world_size}")
     data.check(["train"], 1)
     prompt = chosen_prompt(data.prompts("train"), cli.config.prompt)
+    print(f"Prompt:   {prompt.text!r}")
     data.limits["train"], data.noise_pool = 1, None
+    module.sampler.steps_max = module.sampler.steps  # one T, whose passes are told
     loader = data.train_dataloader()  # goes on with fresh noise every time
     batches = [replace(batch, prompt=prompt) for _ in range(cli.config.batches) for batch in loader]
     trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, tuple(MONITORS.values()))]

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ DECIDING += (
     "quality_monitor",
 )
 FREE = ("model.judge", "model.attribute", "model.features", "bias_monitor", "quality_monitor")
-FREE += ("data.init_args.test_prompts", "data.init_args.test_images_per_prompt")
+FREE += ("data.init_args.test_prompts", "data.init_args.test_images_per_prompt", "content")
 ENOUGH = 48  # images of a prompt; a fair model scores 0.11 of so many
 
 
@@ -122,10 +123,11 @@ def main(args: ArgsType = None) -> None:
         module.source = ImageStore(cli.folder / "images")
         loader, prompts, few = None, data.prompts(data.tested), data.test_images_per_prompt
     if trainer.is_global_zero:
-        begin(cli)
+        begin(cli, prompts)
         warn_of_few_images(few)
     for monitor in (find[BiasMonitor], find[QualityMonitor]):
         monitor.load()
+    find[BiasMonitor].check_names(prompts, module.judge)
     module.configure_model()
     if trainer.is_global_zero and not loader:
         warn_of_long_prompts(module, prompts)
@@ -188,7 +190,7 @@ def warn_of_long_prompts(module: Audit, prompts: Sequence[Prompt]) -> None:
         )
 
 
-def begin(cli: EvaluateCLI) -> None:
+def begin(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> None:
     """Write down what the audit depends on, or check that it is what is there already.
 
     Of an audit without results, more prompts or images may be asked for, and other judges.
@@ -197,6 +199,11 @@ def begin(cli: EvaluateCLI) -> None:
         ValueError: if the folder holds an audit with other settings, or something else.
     """
     given = dict(flat(json.loads(json.dumps({key: cli.config.get(key) for key in DECIDING}, default=plain))))
+    content = hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode())
+    for of in cli.model.source.files.values() if cli.config.images else ():
+        for file in chain.from_iterable(of.values()):
+            content.update(file.read_bytes())
+    given["content"] = content.hexdigest()  # of prompts and pictures, whose files may change under the same name
     if isinstance(cli.model.adapter, DiffusersAdapter):
         given |= {f"adapter.{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in cli.model.adapter.files}
     file = cli.folder / "audit.json"

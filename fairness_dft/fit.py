@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -38,8 +39,10 @@ def main(args: ArgsType = None) -> None:
     module.generator.check()
     find = {type(callback): callback for callback in trainer.callbacks}
     find[AdapterAverage].check(trainer.max_steps)
+    module.check_end(trainer.max_steps, trainer.max_epochs)
     for monitor in (find[BiasMonitor], find[QualityMonitor]):
         monitor.load()  # small networks first: what is wrong with them is told before the large ones load
+    find[BiasMonitor].check_names([] if unused["test"] else data.prompts("test"), module.judge)
     module.configure_model()
     started = time.monotonic()
     trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
@@ -91,7 +94,7 @@ def hyperparameters(config: Namespace) -> dict[str, str]:
     return {name: str(config.get(key)).removeprefix("fairness_dft.") for name, key in zip(names, keys, strict=True)}
 
 
-def check_targets(attribute: Attribute, data: PromptModule, splits: list[str]) -> None:
+def check_targets(attribute: Attribute, data: PromptModule, splits: Sequence[str]) -> None:
     """Refuse a target for what no prompt is about.
 
     Raises:

@@ -101,8 +101,9 @@ class ImageFolder:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise ValueError(f"--images: there is no folder {str(folder)!r}")
-        pair = all((folder / name).is_dir() for name in FOLDERS.values())
-        roots = {model: folder / name for model, name in FOLDERS.items()} if pair else {"original": folder}
+        roots = {model: folder / name for model, name in FOLDERS.items() if (folder / name).is_dir()}
+        if "original" not in roots or any(path.is_dir() and path not in roots.values() for path in folder.iterdir()):
+            roots = {"original": folder}
         self.files = {model: picture_files(root) for model, root in roots.items()}
         self.models = list(self.files)
         if not self.files["original"]:

@@ -89,6 +89,7 @@ class FairFinetuning(LightningModule):
         originals_folder: str | None = None,
     ) -> None:
         super().__init__()
+        check_numbers(learning_rate, betas, weight_decay, semantics_weight, draws)
         self.strict_loading = False
         self.generator, self.judge, self.features = generator, judge, nn.ModuleList(features)
         self.attribute = attribute or Attribute()
@@ -132,6 +133,15 @@ class FairFinetuning(LightningModule):
             torch.manual_seed(self.seed)
             self.adapter.attach(self.generator)
         self.loaded = True
+
+    def check_end(self, max_steps: int, max_epochs: int | None) -> None:
+        """Refuse a schedule that falls towards an end where there is none.
+
+        Raises:
+            ValueError: if neither steps nor epochs of the trainer are bounded.
+        """
+        if self.schedule != "constant" and max_steps < 0 and max_epochs in (None, -1):
+            raise ValueError(f"--model.schedule={self.schedule} ends with the run: give --trainer.max_steps too")
 
     @override
     def on_fit_start(self) -> None:
@@ -369,3 +379,21 @@ class FairFinetuning(LightningModule):
         for name in ("trained", "ema"):
             own = {key.removeprefix(f"{name}."): v for key, v in state_dict.items() if key.startswith(f"{name}.")}
             self.adapter.load_state_dict(own, name)
+
+
+def check_numbers(
+    learning_rate: float, betas: Sequence[float], weight_decay: float, semantics_weight: float, draws: int
+) -> None:
+    """Refuse settings of the training that are out of range.
+
+    Raises:
+        ValueError: if one is.
+    """
+    numbers = {"learning_rate": learning_rate, "weight_decay": weight_decay, "semantics_weight": semantics_weight}
+    for name, value in numbers.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"--model.{name} must be finite and not negative, but is {value}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"--model.betas must be at least 0 and below 1, but are {list(betas)}")
+    if draws < 1:
+        raise ValueError(f"--model.draws must be at least 1, but is {draws}")

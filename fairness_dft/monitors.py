@@ -4,7 +4,7 @@ Every monitor is handed the same images, those of the original, the trained and 
 prompts and noise; each has one concern.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,19 @@ class BiasMonitor(EvaluationCallback):
                         mean = self.same.setdefault(key, MeanMetric(nan_strategy="ignore")).to(module.device)
                         mean.update(same.float())
 
+    def check_names(self, prompts: Sequence[Prompt], training_judge: Judge) -> None:
+        """Refuse prompts that name what a judge does not know.
+
+        Raises:
+            ValueError: if there is one.
+        """
+        if not any(prompt.names for prompt in prompts):
+            return
+        training_judge.load()
+        for judge in (training_judge, *self.others.values()):
+            for prompt in prompts:
+                named_classes(prompt, judge)
+
     def metric(self, key: Watched, judge: Judge) -> FairnessMetric:
         """The metric of a (judge, attribute, model), made on first use."""
         if key not in self.metrics:
@@ -201,6 +214,13 @@ def obeys(prompt: Prompt, judge: Judge, verdict: Verdict) -> dict[str, Tensor]:
 
     Returns:
         For each such attribute bool with shape (n,), of the n images on which the judge sees a face.
+    """
+    named = named_classes(prompt, judge)
+    return {attribute: (verdict.classes(attribute) == place)[verdict.face] for attribute, place in named.items()}
+
+
+def named_classes(prompt: Prompt, judge: Judge) -> dict[str, int]:
+    """The class that a prompt names, for each attribute that it names and the judge reads.
 
     Raises:
         ValueError: if the judge has no such class.
@@ -214,7 +234,7 @@ def obeys(prompt: Prompt, judge: Judge, verdict: Verdict) -> dict[str, Tensor]:
                     f"the prompt {prompt.text!r} names {attribute} {kind!r}, but a classifier knows only "
                     f"{', '.join(classes)}; take other prompts, or another name in their file"
                 )
-            found[attribute] = (verdict.classes(attribute) == classes.index(kind))[verdict.face]
+            found[attribute] = classes.index(kind)
     return found
 
 

@@ -282,7 +282,8 @@ def probable_counts(
         return counts, weights
     order = np.argsort(-weights, kind="stable")
     needed = int(np.searchsorted(weights[order].cumsum(), coverage)) + 1
-    kept = order[: max(needed, at_least)]
+    # All that are as probable as the last one, so that no class is favoured.
+    kept = weights >= weights[order[max(needed, at_least) - 1]] * (1 - 1e-9)
     return counts[kept], weights[kept]
 
 

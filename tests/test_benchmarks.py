@@ -15,8 +15,9 @@ WAYS = ("authors", "exact, cold", "exact, warm", "exact, activations kept, warm"
 
 @pytest.fixture(scope="module")
 def compared():
-    step = pytest.importorskip("benchmarks.step")
-    scale = step.Scale("miniature", 64, images=4, micro_batch=2, steps=2, guidance_scale=1.75)
+    from benchmarks import step
+
+    scale = step.Scale("miniature", 64, images=4, micro_batch=2, sampling_batch=4, steps=2, guidance_scale=1.75)
     ways = {name: way for name, way in step.ways(scale).items() if name in WAYS}
     torch.manual_seed(0)
     step.measure(
@@ -45,7 +46,6 @@ def test_operations_saved_are_whole_sampling_passes(compared) -> None:
 
 
 def test_the_authors_targets_are_ours_but_for_what_they_leave_out() -> None:
-    pytest.importorskip("ot")
     from benchmarks.transport import authors_assignment
 
     probabilities = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).softmax(1).double().numpy()

@@ -149,6 +149,15 @@ def test_missing_weights_earn_one_line_and_no_traceback(tmp_path):
         ),
         (["--model.attribute.targets={spots: uniform}"], "'spots' is no prompt, subject or concept of the prompts"),
         (["--model.attribute.targets={occupation: [1]}"], "attribute.targets of 'occupation' must be 2 numbers"),
+        (["--model.learning_rate=-1"], "--model.learning_rate must be finite and not negative, but is -1"),
+        (["--model.semantics_weight=.nan"], "--model.semantics_weight must be finite and not negative"),
+        (["--model.weight_decay=-0.1"], "--model.weight_decay must be finite and not negative"),
+        (["--model.betas=[0.9, 1]"], "--model.betas must be at least 0 and below 1"),
+        (["--model.draws=0"], "--model.draws must be at least 1, but is 0"),
+        (
+            ["--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--model.schedule=linear"],
+            "--model.schedule=linear ends with the run: give --trainer.max_steps too",
+        ),
         (["--ckpt_path=nowhere.ckpt"], "no file 'nowhere.ckpt'"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -336,6 +345,19 @@ def test_a_monitor_that_cannot_load_is_refused_before_any_large_network(tmp_path
 def test_a_stop_is_saved_after_the_adapter_was_averaged(tmp_path):
     callbacks = [type(callback) for callback in FairnessCLI([*MINIATURE, f"--output={tmp_path}"]).trainer.callbacks]
     assert callbacks.index(GracefulStop) > callbacks.index(AdapterAverage)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--scale=0"], "--scale must be positive"), (["--scale=0.01"], "a trial needs an --output of its own")],
+)
+def test_a_trial_of_the_portraits_leaves_the_shipped_ones(capsys, monkeypatch, more, message):
+    shipped = ROOT / "data" / "portraits" / "training_subjects.txt"
+    before = shipped.stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", ["portraits", *more])
+    with pytest.raises(SystemExit, match="2"):
+        run_module("fairness_dft.portraits", run_name="__main__")
+    assert message in capsys.readouterr().err and shipped.stat().st_mtime_ns == before
 
 
 def test_portraits_in_a_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):

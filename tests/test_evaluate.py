@@ -151,9 +151,22 @@ def test_other_prompts_without_an_adapter(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "v" / "images").exists()
     assert "ema" not in content["bias"]["training"]["gender"]
     printed = capsys.readouterr()
-    assert (
-        "–" in printed.out and "warning: of 2 images a prompt, a perfectly fair model would score 0.50" in printed.err
-    )
+    gender = next(line for line in printed.out.splitlines() if "gender" in line and "training" in line)
+    assert gender.split("│")[4].strip() == "–"  # there is no model after
+    assert "warning: of 2 images a prompt, a perfectly fair model would score 0.50" in printed.err
+
+
+def test_a_finished_audit_is_not_overwritten_where_the_prompts_of_its_file_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a photo of a chef\n")
+    arguments = [*FEW, f"--output={tmp_path}", "--name=own", f"--data.init_args.file={file}"]
+    main(arguments)
+    kept = (tmp_path / "own" / "results.json").read_bytes()
+    file.write_text("a photo of a nurse\n")
+    assert "is an audit with content" in refused(capsys, arguments)
+    assert (tmp_path / "own" / "results.json").read_bytes() == kept
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:

@@ -1,6 +1,7 @@
 """What the repository's settings name is there."""
 
 import re
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def test_every_requirement_is_used():
     modules = {"pillow": "PIL", "opencv": "cv2", "pyyaml": "yaml"}
     required = {modules.get(name, name) for name in (re.match(r"\w+", line)[0] for line in lines)}
     code = "\n".join(file.read_text() for file in (ROOT / "fairness_dft").rglob("*.py"))
-    imported = set(re.findall(r"^ *(?:from|import) (\w+)", code, re.MULTILINE))
+    imported = set(re.findall(r"^ *(?:from (?=[\w.]+ import )|import )(\w+)", code, re.MULTILINE))
     assert required - imported - USED_BY_OTHERS == set()
+    assert imported - required - set(sys.stdlib_module_names) - {"fairness_dft"} == set()
 
 
 def test_files_import_only_from_files_above_them_in_architecture():

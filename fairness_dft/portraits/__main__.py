@@ -96,6 +96,10 @@ def main() -> None:
     parser.add_argument("--only", choices=STAGES, action="append", help="run this stage alone (repeatable)")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of data and steps, for a quick trial")
     arguments = parser.parse_args()
+    if not arguments.scale > 0:
+        parser.error(f"--scale must be positive, but is {arguments.scale:g}")
+    if arguments.scale != 1 and arguments.output == DATA:
+        parser.error("--scale: a trial needs an --output of its own, so that the shipped networks stay")
     manifest_file = arguments.output / "manifest.json"
     writable(arguments.output)
     what = "# What the drawn world knows of the training splits of data/prompts: occupations, sports, descriptors."

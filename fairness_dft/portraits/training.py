@@ -97,6 +97,7 @@ def optimise(
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in parameters] if average else []
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
+    # It moves β1 too, from 0.95 through 0.85 and back.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.03)
     for module in modules:
         module.train()
