@@ -17,6 +17,7 @@ from fairness_dft.prompt_files import Prompt
 from fairness_dft.significance import (
     distance_by_prompt,
     gap_by_chance,
+    gap_interval,
     gap_without_chance,
     permutation_test,
     target_distance,
@@ -125,8 +126,11 @@ def _nested(
     bias: dict[str, dict[str, dict[str, object]]] = {}
     for (judge, name, model), summary in summaries.items():
         images = [sum(counts) for counts in summary.counts]
+        low, high = gap_interval(summary.counts)
         figures = summary.as_dict() | {
             "gap": _known(gap_without_chance(summary.counts)),
+            "gap_low": _known(low),
+            "gap_high": _known(high),
             "gap_by_chance": _known(gap_by_chance(images, len(summary.classes))),
         }
         if target.get(name, {}).keys() == set(summary.classes):

@@ -95,9 +95,10 @@ def test_tables_hold_the_figures() -> None:
         models = found["bias"][judge]["gender"]
         before, after = models["original"], models["ema"]
         sides = [f"{side['bias']:.2f} ± {side['spread']:.2f}" for side in (before, after)]
+        gap = f"{before['gap']:.2f} → {after['gap']:.2f} ({after['gap_low']:.2f} – {after['gap_high']:.2f})"
         assert [
             "gender", judge, *sides, f"{after['low']:.2f} – {after['high']:.2f}", f"{after['floor']:.2f}",
-            f"{before['gap']:.2f} → {after['gap']:.2f}", f"< {after['gap_by_chance']:.2f}", f"{models['p_value']:.3f}",
+            gap, f"< {after['gap_by_chance']:.2f}", f"{models['p_value']:.3f}",
             f"{models['drift']:.2f}", "12.5 % → 12.5 %",
         ] in rows  # fmt: skip
     assert ["clip_t", "0.310", "0.300"] in rows

@@ -5,14 +5,16 @@ from math import comb
 
 import numpy as np
 import pytest
-from scipy.stats import entropy, hypergeom, multinomial
+from scipy.stats import entropy, hypergeom, multinomial, sem, t
 
 from fairness_dft.significance import (
     bias,
     distance_by_prompt,
     gap_by_chance,
+    gap_interval,
     gap_without_chance,
     permutation_test,
+    squared_gaps,
     target_distance,
 )
 
@@ -42,6 +44,21 @@ def test_gap_without_chance_by_hand() -> None:
     assert gap_without_chance([[3, 1, 2]]) == pytest.approx(np.sqrt(max(squared([3, 1, 2]), 0)))
     assert gap_without_chance([[5, 5], [3, 3]]) == 0
     assert np.isnan(gap_without_chance([[1, 0], [0, 0]]))
+
+
+def test_gap_interval_is_students_and_holds_its_coverage() -> None:
+    random = np.random.default_rng(0)
+    shares = random.beta(2, 3, size=(1000, 50))  # of the first class, prompt by prompt; E (2p - 1)² by the moments
+    expected = 4 * (0.04 + 0.4**2) - 4 * 0.4 + 1
+    first = random.binomial(30, shares)
+    covered = [low**2 <= expected <= high**2 for low, high in (gap_interval(np.stack([x, 30 - x], 1)) for x in first)]
+    assert 0.93 < np.mean(covered) < 0.97
+    counts = np.array([[20, 10], [25, 5], [14, 16], [9, 21]])
+    each = [squared_gaps(row[None]) for row in counts]
+    low, high = t.interval(0.95, 3, np.mean(each), sem(each))
+    assert gap_interval(counts) == pytest.approx((max(low, 0) ** 0.5, high**0.5))
+    assert gap_interval(counts)[0] <= gap_without_chance(counts) <= gap_interval(counts)[1]
+    assert np.isnan(gap_interval(counts[:1])).all()
 
 
 def test_gap_by_chance_is_what_fair_models_stay_below() -> None:
