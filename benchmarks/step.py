@@ -76,7 +76,8 @@ def ways(scale: Scale) -> dict[str, Way]:
     """All ways that are compared, the authors' first."""
     found = {"authors": Way()}
     shared = dict(steps=scale.steps, guidance_scale=scale.guidance_scale)
-    shared |= dict(decode_chunk=scale.micro_batch, images_at_once=scale.micro_batch)
+    # An image's activations in the decoder are about twice those in the denoising network.
+    shared |= dict(decode_chunk=max(1, scale.micro_batch // 2), images_at_once=scale.micro_batch)
     for name, checkpoint in {"exact": True, "exact, activations kept": False}.items():
         if not checkpoint and scale.resolution == 512:
             continue  # terabytes

@@ -7,7 +7,8 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -300,6 +301,30 @@ def new_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output: cannot write {str(folder)!r} ({error.strerror}); choose another place") from None
+
+
+@contextmanager
+def telling_what_saves_memory(module: FairFinetuning, data: PromptModule) -> Iterator[None]:
+    """Ends an out-of-memory error of a GPU with the three settings to lower, and what each would save.
+
+    Raises:
+        ValueError: in place of that error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        share = max(1, data.images_per_prompt // module.trainer.world_size)
+        chunk, at_once = module.sampler.decode_chunk, min(module.sampler.images_at_once or share, share)
+        again = (
+            "" if module.sampler.checkpoint else "; --model.sampler.checkpoint=true keeps those of one step, not of all"
+        )
+        raise ValueError(
+            f"the GPU's memory does not suffice ({one_line(error).partition('. ')[0]}); lower "
+            f"--model.sampler.images_at_once (now {at_once}; half of it halves the activations of the denoising network"
+            f"{again}), --model.sampler.decode_chunk (now {chunk}; half of it halves those of the "
+            f"decoder and the feature networks), or --data.init_args.images_per_prompt (now {data.images_per_prompt}; "
+            "half of it halves latents, images and the classifier's activations); more GPUs share the last"
+        ) from error
 
 
 def run_main(main: Any) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from fairness_dft.attributes import Attribute
 from fairness_dft.callbacks import AdapterAverage
-from fairness_dft.cli import FairnessCLI, run_main
+from fairness_dft.cli import FairnessCLI, run_main, telling_what_saves_memory
 from fairness_dft.dashboard import final_metrics
 from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.prompt_files import SPLITS, normalise
@@ -45,7 +45,8 @@ def main(args: ArgsType = None) -> None:
     find[BiasMonitor].check_names([] if unused["test"] else data.prompts("test"), module.judge)
     module.configure_model()
     started = time.monotonic()
-    trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
+    with telling_what_saves_memory(module, data):
+        trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
     trained = time.monotonic()
     if unused["test"]:
         return  # asked to measure nothing

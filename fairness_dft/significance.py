@@ -37,8 +37,8 @@ def gap_interval(counts: ArrayLike, level: float = 0.95) -> tuple[float, float]:
     """Confidence interval of the gap, over prompts of this kind and their images.
 
     The squared gap is a mean over prompts of independent estimates, each without bias and with its images' noise in it,
-    so Student's interval of that mean is taken; its ends' roots are the gap's. In simulations the 95 % interval held 95 % with
-    50 prompts, 93 % with 12 or 25.
+    so Student's interval of that mean is taken; its ends' roots are the gap's. In simulations the 95 % interval held
+    95 % with 50 prompts, 93 % with 12 or 25.
 
     Args:
         counts: as for `gap_without_chance`.

@@ -9,6 +9,7 @@ from pathlib import Path
 from runpy import run_module
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -331,6 +332,19 @@ def test_a_file_without_test_prompts_trains_where_no_test_is_wanted(tmp_path, ca
     assert 'there is no "test" split' in refused(capsys, arguments)
     main([*arguments, "--trainer.limit_test_batches=0", "--trainer.log_every_n_steps=1"])
     assert not list(tmp_path.rglob("results.json"))
+
+
+def test_out_of_memory_names_what_saves_it(tmp_path, capsys, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    monkeypatch.setattr(FairFinetuning, "training_step", exhausted)
+    line = refused(capsys, small(tmp_path, "--model.sampler.images_at_once=2"))
+    assert "(CUDA out of memory)" in line
+    for setting in ("sampler.images_at_once (now 2;", "sampler.decode_chunk (now 64;", "images_per_prompt (now "):
+        assert setting in line and "half of it halves" in line.partition(setting)[2]
 
 
 def test_a_monitor_that_cannot_load_is_refused_before_any_large_network(tmp_path, capsys, monkeypatch):
