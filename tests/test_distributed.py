@@ -50,6 +50,7 @@ def detecting(realism: dict) -> list[str]:
 JOINT = (
     "--model.attribute.name=[gender, race]",  # eight classes, more than the images of a rank
     "--model.schedule=constant",
+    "--model.semantics_weight=3",  # more of it amplifies rounding: where x is still o, its gradient is nothing else
     "--adapter_average.decay=0.5",  # so that five steps show in it
     "--trainer.val_check_interval=3",
 )
