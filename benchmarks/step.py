@@ -76,7 +76,7 @@ def ways(scale: Scale) -> dict[str, Way]:
     """All ways that are compared, the authors' first."""
     found = {"authors": Way()}
     shared = dict(steps=scale.steps, guidance_scale=scale.guidance_scale)
-    # An image's activations in the decoder are about twice those in the denoising network.
+    # Fewer images for the decoder, which works at full resolution and keeps all activations of a chunk.
     shared |= dict(decode_chunk=max(1, scale.micro_batch // 2), images_at_once=scale.micro_batch)
     for name, checkpoint in {"exact": True, "exact, activations kept": False}.items():
         if not checkpoint and scale.resolution == 512:
