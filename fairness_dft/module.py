@@ -84,7 +84,7 @@ class FairFinetuning(LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 1e-2,
         schedule: Schedule = "constant",
-        draws: int = 100,
+        draws: int = 256,
         seed: int = 0,
         originals_folder: str | None = None,
     ) -> None:
