@@ -75,7 +75,7 @@ class TextToImage(nn.Module, ABC):
 
         Args:
             latents: The latents z_t as the scheduler scales them for the network, with shape (B, C, h, w).
-            timestep: The training timestep t, a scalar.
+            timestep: The training timestep t, a scalar, or one a row, with shape (B,).
             conditioning: The conditioning c, with shape (B, L, D).
 
         Returns:

@@ -235,3 +235,18 @@ class GradientPath:
         if self.steps == "random" and not self.coupled:
             scales = scales * max(1.0, len(scales) / self.count)
         return scales
+
+    def weights_at_the_end(self, scheduler: Any, steps: int) -> Tensor:
+        """Computes what dL/dz_0 is multiplied by to be the gradient at each prediction ε_t: k_t times `scales`.
+
+        Args:
+            scheduler: A diffusers scheduler that is linear in the predictions; it is copied, not changed.
+            steps: The number of sampling steps.
+
+        Returns:
+            The weights, with shape (T,), in float64; for the adjusted gradient they are all the same number A.
+
+        Raises:
+            ValueError: If the weights are uniform and the scheduler does not use some step.
+        """
+        return solver_coefficients(scheduler, steps) * self.scales(scheduler, steps)

@@ -8,7 +8,8 @@ In the code z_T is `noise`, z_t is `latents`, ε_t is `prediction`, s is `guidan
 `conditioning` and `unconditional`. The loop carries a graph exactly where gradients are enabled: under
 `torch.no_grad()` it only samples. Which steps carry gradient, and with what weight, is the business of
 `fairness_dft.gradients.GradientPath`. Each such step keeps only its latent and is computed again in the
-backward pass, so memory grows with T by a latent, not by the activations of a U-Net.
+backward pass, so memory grows with T by a latent, not by the activations of a U-Net: with detached latents by
+`fairness_dft.replay`, else step by step.
 
 References:
     Training Deep Nets with Sublinear Memory Cost (Chen et al., 2016). https://arxiv.org/abs/1604.06174
@@ -27,6 +28,7 @@ from typing_extensions import final
 
 from fairness_dft.diffusion import TextToImage
 from fairness_dft.gradients import GradientPath, scale_gradient
+from fairness_dft.replay import Call, replayed
 
 
 def checkpointed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -72,8 +74,9 @@ class Sampler:
         checkpoint: Whether to save memory by computing the activations of each step again in the backward
             pass.
         decode_chunk: The number of images that the decoder, or a feature network, works on at a time.
-        images_at_once: The number of images that the denoising network works on at a time; all by default. With
-            `checkpoint`, the activations of so many exist at a time in the backward pass.
+        images_at_once: The number of images that the denoising network works on at a time; all by default. In the
+            backward pass with `checkpoint`, where latents are detached, it is that of images in one branch of guidance,
+            of whichever steps, whose activations exist at a time.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -143,14 +146,22 @@ class Sampler:
 
         scheduler = copy.deepcopy(model.scheduler)  # it keeps the history of its multistep solver
         scheduler.set_timesteps(steps)  # on the CPU, where its lookups do not make a GPU wait
-        path = self._path(model.scheduler, steps, len(scheduler.timesteps), generator)
+        replays = self.checkpoint and not self.gradient.coupled and torch.is_grad_enabled()
+        path = self._path(model.scheduler, steps, len(scheduler.timesteps), replays, generator)
+        calls: list[Call] = []
 
         sources = noise_sources(scheduler, noise)
         latents = noise * scheduler.init_noise_sigma
         for timestep, scale in zip(scheduler.timesteps, path, strict=True):
             inputs = scheduler.scale_model_input(latents, timestep)
+            if replays and scale is not None:
+                calls.append(Call(inputs, timestep, weight=scale))
+                scale = None  # the call itself builds no graph
             prediction = self._predict(model, inputs, timestep, conditioning, unconditional, scale)
             latents = scheduler.step(prediction, timestep, latents, **sources).prev_sample
+        if replays:
+            rows = self.images_at_once or (1 if self.guidance_scale == 1 else 2) * len(noise)
+            latents = replayed(latents, calls, model, conditioning, unconditional, self.guidance_scale, rows)
         return self.in_chunks(model.decode, latents)
 
     def in_chunks(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -167,12 +178,14 @@ class Sampler:
         """
         return chunked(self._wrap(function), inputs, self.decode_chunk)
 
-    def _path(self, scheduler: Any, steps: int, total: int, generator: Generator | None) -> list[float | None]:
-        """Returns for each step the factor of its gradient, or None if it carries none."""
+    def _path(
+        self, scheduler: Any, steps: int, total: int, replays: bool, generator: Generator | None
+    ) -> list[float | None]:
+        """Returns for each step the factor of its gradient, at z_0 if it is replayed, or None if it carries none."""
         if not torch.is_grad_enabled():
             return [None] * total
         selected = self.gradient.select(total, generator).tolist()
-        scales = self.gradient.scales(scheduler, steps).tolist()
+        scales = (self.gradient.weights_at_the_end if replays else self.gradient.scales)(scheduler, steps).tolist()
         return [scale if carries else None for carries, scale in zip(selected, scales, strict=True)]
 
     def _predict(

@@ -50,7 +50,7 @@ class Toy(TextToImage):
     def denoise(self, latents, timestep, conditioning):
         self.with_graph.append(torch.is_grad_enabled())
         mixed = torch.einsum("ij,njhw->nihw", self.mix, latents)
-        return torch.tanh(mixed + conditioning.flatten(1)[:, :, None, None]) + 1e-4 * timestep
+        return torch.tanh(mixed + conditioning.flatten(1)[:, :, None, None]) + 1e-4 * timestep.view(-1, 1, 1, 1)
 
     def decode(self, latents):
         return torch.sigmoid(latents[:, :1]).expand(-1, 3, -1, -1)

@@ -1,0 +1,140 @@
+"""The gradient of detached network calls, without a graph of the sampler: sample first, go back later.
+
+Where the latent z_t is detached before it enters the network, no gradient flows from one network call to another, and
+the gradient of a loss L on z_0 is a sum of independent terms,
+
+    dL/dθ = Σ_t w_t dL/dz_0 · ∂ε_t/∂θ,    ε_t = (1 - s) ε(z_t, ∅) + s ε(z_t, c),
+
+each of which needs z_t, t, the conditioning and dL/dz_0, and nothing else. So sampling builds no graph, and the
+backward pass calls the network again on whichever rows it likes: of any steps, of either branch of guidance, as many at
+a time as there is memory for.
+
+In the code `weight` is w_t = k_t times the factor of the gradient path (for the adjusted gradient, the same number A
+for all t), `guidance_scale` is s, and a row is one image at one step in one branch.
+
+References:
+    Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), section 4.2.
+    https://arxiv.org/abs/2311.07604
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fairness_dft.diffusion import TextToImage
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoising network while sampling.
+
+    Args:
+        latents: The detached latents z_t as they entered the network, with shape (n, C, h, w).
+        timestep: The training timestep t, a scalar.
+        weight: The weight w_t of its gradient.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    weight: float
+
+
+def replayed(
+    latents: Tensor,
+    calls: Sequence[Call],
+    model: TextToImage,
+    conditioning: Tensor,
+    unconditional: Tensor,
+    guidance_scale: float,
+    rows: int,
+) -> Tensor:
+    """Returns `latents`, whose gradient reaches what was learned through `calls`, made again in the backward pass.
+
+    Args:
+        latents: The sampled latents z_0, with shape (n, C, h, w), without a graph.
+        calls: The network calls that carry gradient.
+        model: The model that was called.
+        conditioning: The conditioning c, with shape (n, L, D).
+        unconditional: The conditioning of the empty prompt, with shape (n, L, D).
+        guidance_scale: The scale s.
+        rows: How many rows the network works on at a time.
+    """
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    replay = _Calls(calls, model, guidance_scale, rows, _Precision(latents.device.type))
+    return _Replay.apply(latents, replay, conditioning, unconditional, *learned)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, latents: Tensor, calls: "_Calls", conditioning: Tensor, unconditional: Tensor, *learned: Tensor
+    ) -> Tensor:
+        ctx.calls = calls
+        ctx.save_for_backward(conditioning, unconditional, *learned)
+        return latents.view_as(latents)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        conditioning, unconditional, *learned = ctx.saved_tensors
+        return None, None, *ctx.calls.gradients(gradient, (conditioning, unconditional), learned)
+
+
+@dataclass(frozen=True)
+class _Calls:
+    calls: Sequence[Call]
+    model: TextToImage
+    guidance_scale: float
+    rows: int
+    precision: "_Precision"
+
+    def gradients(self, gradient: Tensor, branches: Sequence[Tensor], learned: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of both branches' conditioning, and of the parameters, from that of z_0."""
+        scales = [self.guidance_scale, 1 - self.guidance_scale]
+        used = 1 if self.guidance_scale == 1 else 2
+        conditioning = torch.stack([branch.detach() for branch in branches[:used]])
+        conditioning.requires_grad_(any(branch.requires_grad for branch in branches))
+        weights = torch.tensor([[call.weight * scale for scale in scales] for call in self.calls], dtype=torch.float64)
+        weights = weights.to(gradient)
+        latents = torch.stack([call.latents for call in self.calls])
+        timesteps = torch.stack([call.timestep for call in self.calls]).to(gradient.device)
+        wanted = [tensor for tensor in (conditioning, *learned) if tensor.requires_grad]
+        totals: list[Tensor | None] = [None] * len(wanted)
+
+        counts = len(self.calls), used, len(gradient)
+        every = torch.cartesian_prod(*map(torch.arange, counts)).to(gradient.device)
+        for step, branch, image in (part.unbind(1) for part in every.split(self.rows)):
+            with torch.enable_grad(), self.precision.again():
+                prediction = self.model.denoise(latents[step, image], timesteps[step], conditioning[branch, image])
+            weight = weights[step, branch].view(-1, *[1] * (gradient.ndim - 1))
+            found = torch.autograd.grad(prediction, wanted, gradient[image] * weight, allow_unused=True)
+            totals = [_add(total, value) for total, value in zip(totals, found, strict=True)]
+
+        of_learned = dict(zip(map(id, wanted), totals, strict=True))
+        total = of_learned.get(id(conditioning))
+        of_branches = [None, None] if total is None else [*total.to(conditioning.dtype), None][:2]
+        return [*of_branches, *(of_learned[id(parameter)] for parameter in learned)]
+
+
+def _add(total: Tensor | None, value: Tensor | None) -> Tensor | None:
+    """Their sum, in at least single precision, where None is zero."""
+    if value is None:
+        return total
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    return value if total is None else total.add_(value)
+
+
+class _Precision:
+    """The mixed precision in which something is called, to call it again in the same."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.enabled = torch.is_autocast_enabled(device)
+        self.dtype = torch.get_autocast_dtype(device)
+
+    def again(self) -> torch.autocast:
+        return torch.autocast(self.device, self.dtype, self.enabled)

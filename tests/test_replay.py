@@ -1,0 +1,140 @@
+"""Gradients of network calls that are made again, against the graph of the whole sampler."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from tiny import build_tiny_pipeline
+from torch.testing import assert_close
+
+from fairness_dft.adapters import Adapter, Combined, TextEncoderLoRA, UNetLoRA
+from fairness_dft.diffusion import StableDiffusion
+from fairness_dft.gradients import GradientPath
+from fairness_dft.sampler import Sampler
+
+PROMPTS = ["a chef", "a nurse at work", "a photo of the face of a judge, a person"]
+ADAPTERS = {
+    "text encoder": lambda: TextEncoderLoRA(rank=2),
+    "U-Net": lambda: UNetLoRA(rank=2),
+    "both": lambda: Combined([TextEncoderLoRA(rank=2), UNetLoRA(rank=2)]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return build_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+def finetuned(folder: Path, adapter: Adapter, scheduler: str = "DDIMScheduler") -> StableDiffusion:
+    model = StableDiffusion(str(folder), scheduler)
+    model.load()
+    adapter.attach(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def gradient(model: StableDiffusion, adapter: Adapter, prompts: str | list[str] = PROMPTS, **options) -> torch.Tensor:
+    sampler = Sampler(**{"steps": 3, "guidance_scale": 3.0} | options)
+    images = sampler(model, prompts, model.noise(torch.arange(3)), generator=torch.Generator().manual_seed(0))
+    loss = (images * torch.linspace(-1, 2, images.numel()).view_as(images)).sum()
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(adapter.parameters()))])
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("trained", ADAPTERS)
+@pytest.mark.parametrize("weights", ["uniform", "solver"])
+def test_calls_made_again_have_the_gradient_of_the_graph(
+    folder: Path, scheduler: str, trained: str, weights: str
+) -> None:
+    adapter = ADAPTERS[trained]()
+    model, path = finetuned(folder, adapter, scheduler), GradientPath(weights=weights)
+    expected = gradient(model, adapter, gradient=path, checkpoint=False)
+    assert expected.norm() > 0
+    for rows in (1, 5, None, 100):
+        found = gradient(model, adapter, gradient=path, images_at_once=rows)
+        assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"])
+def test_so_have_they_with_schedulers_that_draw_noise_or_call_more_often(folder: Path, scheduler: str) -> None:
+    adapter = TextEncoderLoRA(rank=2)
+    model, path = finetuned(folder, adapter, scheduler), GradientPath(weights="solver")
+    expected, found = (gradient(model, adapter, gradient=path, checkpoint=again, steps=5) for again in (False, True))
+    assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 0.0, 7.5])
+@pytest.mark.parametrize("prompts", ["a chef", PROMPTS])
+def test_with_and_without_guidance(folder: Path, guidance_scale: float, prompts: str | list[str]) -> None:
+    adapter = TextEncoderLoRA(rank=2)
+    model = finetuned(folder, adapter)
+    expected, found = (
+        gradient(model, adapter, prompts, guidance_scale=guidance_scale, checkpoint=again) for again in (False, True)
+    )
+    assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 100])
+def test_sampling_has_no_graph_and_going_back_takes_some_rows_of_any_steps(
+    folder: Path, rows: int, monkeypatch
+) -> None:
+    model = finetuned(folder, TextEncoderLoRA(rank=2))
+    calls, denoise = [], model.denoise
+
+    def watched(latents, timestep, conditioning):
+        calls.append((torch.is_grad_enabled(), len(latents), set(timestep.flatten().tolist())))
+        return denoise(latents, timestep, conditioning)
+
+    monkeypatch.setattr(model, "denoise", watched)
+    path = GradientPath(steps="random", count=2)
+    sampler = Sampler(steps=3, guidance_scale=3.0, gradient=path, images_at_once=rows)
+    images = sampler(model, "a chef", model.noise(torch.arange(3)), generator=torch.Generator().manual_seed(0))
+    assert images.requires_grad and not any(graph for graph, *_ in calls)
+    calls.clear()
+    images.sum().backward()
+    assert all(graph for graph, *_ in calls)
+    sizes = [size for _, size, _ in calls]
+    total = 2 * 2 * 3  # steps that carry gradient, branches, images
+    assert sum(sizes) == total and set(sizes[:-1]) <= {rows} and sizes[-1] <= rows
+    assert len(set().union(*(steps for *_, steps in calls))) == 2
+    if rows >= total:
+        assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_calls_are_made_again_in_the_same_precision(folder: Path, dtype: torch.dtype, monkeypatch) -> None:
+    """The backward pass runs outside of autocast, as in Lightning; the calls that it makes do not."""
+    adapter = UNetLoRA(rank=2)
+    model = finetuned(folder, adapter)
+    seen, forward = [], model.unet.conv_in.forward
+    monkeypatch.setattr(model.unet.conv_in, "forward", lambda z: seen.append(forward(z)) or seen[-1])
+    found = []
+    for again in (False, True):
+        with torch.autocast("cpu", dtype):
+            images = Sampler(steps=2, checkpoint=again)(model, "a chef", model.noise(torch.arange(2)))
+            loss = images.float().square().sum()
+        found.append(torch.autograd.grad(loss, list(adapter.parameters())))
+    assert {output.dtype for output in seen} == {dtype}
+    for plain, again in zip(*found, strict=True):
+        assert again.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(plain.flatten(), again.flatten(), dim=0) > 0.999
+
+
+def test_nothing_learned_has_no_graph(folder: Path) -> None:
+    model = StableDiffusion(str(folder))
+    model.load()
+    images = Sampler(steps=2)(model, "a chef", model.noise(torch.arange(2)))
+    assert not images.requires_grad
+
+
+def test_the_images_are_those_without_a_graph(folder: Path) -> None:
+    model = finetuned(folder, TextEncoderLoRA(rank=2), "EulerAncestralDiscreteScheduler")
+    sampler, noise = Sampler(steps=3), model.noise(torch.arange(3))
+    with torch.no_grad():
+        expected = sampler(model, "a chef", noise)
+    assert diffusers.EulerAncestralDiscreteScheduler is type(model.scheduler)
+    assert_close(sampler(model, "a chef", noise), expected, rtol=0, atol=0)
