@@ -16,7 +16,9 @@ References:
     Classifier-Free Diffusion Guidance (Ho and Salimans, 2022). https://arxiv.org/abs/2207.12598
 """
 
+import os
 import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -148,9 +150,11 @@ class StableDiffusion(TextToImage):
         scheduler: The class name of any diffusers scheduler; its settings are those stored with the model.
         resolution: The height and width of the images, in pixels; that of the model's training by default.
         weights_dtype: The precision in which the frozen weights are kept, whatever they are stored in.
+        compile: Whether `torch.compile` compiles the transformer blocks of the U-Net. Their first calls take minutes
+            then; another batch or number of steps does not compile them again. Needs a C++ compiler.
 
     Raises:
-        ValueError: If `weights_dtype` is none of those allowed.
+        ValueError: If `weights_dtype` is none of those allowed, or there is nothing to compile with.
     """
 
     def __init__(
@@ -159,14 +163,19 @@ class StableDiffusion(TextToImage):
         scheduler: str = "DPMSolverMultistepScheduler",
         resolution: int | None = None,
         weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if weights_dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"`weights_dtype` must be float32, float16 or bfloat16, but got {weights_dtype!r}")
+        compilers = os.environ.get("CXX", "c++"), "g++", "clang++", "cl"
+        if compile and not any(map(shutil.which, compilers)):
+            raise ValueError("`compile` needs a C++ compiler, but found none: install g++, or leave `compile` out")
         self.path = path
         self.scheduler_name = scheduler
         self.resolution = resolution
         self.weights_dtype = getattr(torch, weights_dtype)
+        self.compiled = compile
 
     def check(self) -> None:
         """Reads the settings of the scheduler, the smallest file of a model.
@@ -209,6 +218,10 @@ class StableDiffusion(TextToImage):
             network.to(memory_format=torch.channels_last)  # convolutions are faster so
         self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
         self.requires_grad_(False).eval()
+        if self.compiled:
+            # Blocks of three widths, with and without a graph, adapter on and off: dynamo's own limit is 8.
+            torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+            self.unet.compile_repeated_blocks(dynamic=True)
 
     @contextmanager
     def _loading(self) -> Iterator[None]:

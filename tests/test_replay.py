@@ -1,5 +1,6 @@
 """Gradients of network calls that are made again, against the graph of the whole sampler."""
 
+from functools import partialmethod
 from pathlib import Path
 
 import diffusers
@@ -26,8 +27,10 @@ def folder(tmp_path_factory) -> Path:
     return build_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
-def finetuned(folder: Path, adapter: Adapter, scheduler: str = "DDIMScheduler") -> StableDiffusion:
-    model = StableDiffusion(str(folder), scheduler)
+def finetuned(
+    folder: Path, adapter: Adapter, scheduler: str = "DDIMScheduler", compile: bool = False
+) -> StableDiffusion:
+    model = StableDiffusion(str(folder), scheduler, compile=compile)
     model.load()
     adapter.attach(model)
     with torch.random.fork_rng():
@@ -138,3 +141,28 @@ def test_the_images_are_those_without_a_graph(folder: Path) -> None:
         expected = sampler(model, "a chef", noise)
     assert diffusers.EulerAncestralDiscreteScheduler is type(model.scheduler)
     assert_close(sampler(model, "a chef", noise), expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # it is dynamo that looks
+def test_compiled_blocks_have_the_same_gradient_and_are_compiled_once(folder: Path, monkeypatch) -> None:
+    """Traced and differentiated as `torch.compile` does it, without the minutes of its code generator."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    gradients, graphs = [], torch._dynamo.utils.counters["stats"]
+    for compiled in (False, True):
+        adapter = ADAPTERS["both"]()
+        model = finetuned(folder, adapter, compile=compiled)
+        before = graphs["unique_graphs"]
+        gradients.append(gradient(model, adapter, images_at_once=3))
+        with torch.no_grad(), adapter.using("original"):
+            Sampler(steps=2)(model, PROMPTS, model.noise(torch.arange(3)))
+    assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5 * float(gradients[0].abs().max()))
+    made = graphs["unique_graphs"]
+    assert made > before
+    gradient(model, adapter, images_at_once=5, steps=4)
+    assert graphs["unique_graphs"] == made
+
+
+def test_compiling_needs_a_compiler(monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"`compile` needs a C\+\+ compiler, but found none: install g\+\+"):
+        StableDiffusion(compile=True)
