@@ -76,7 +76,7 @@ class OneLineCLI(LightningCLI):
         example: str = "",
         trainer_defaults: dict[str, Any] | None = None,
     ) -> None:
-        self.example = example
+        self.command, self.example = command, example
         super().__init__(
             module,
             data,
@@ -151,6 +151,15 @@ class FairnessCLI(OneLineCLI):
         parser.add_argument("--name", type=str, default="run", help="Name of the experiment and of its folder.")
         parser.add_argument("--output", type=str, default="runs", help="Folder that receives all runs.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume from.")
+        parser.add_argument(
+            "--plan", action="store_true", help="Measure three steps, print what a fit takes, and stop."
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        if self.config.plan and self.command != "fit":
+            raise ValueError(f"--plan is for fairness_dft.fit, not for fairness_dft.{self.command}: leave it out")
 
     @override
     def before_instantiate_classes(self) -> None:

@@ -14,6 +14,7 @@ from fairness_dft.callbacks import AdapterAverage
 from fairness_dft.cli import FairnessCLI, run_main, telling_what_saves_memory
 from fairness_dft.dashboard import final_metrics
 from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
+from fairness_dft.plan import print_plan
 from fairness_dft.prompt_files import SPLITS, normalise
 from fairness_dft.prompts import PromptModule
 from fairness_dft.report import print_results
@@ -23,7 +24,7 @@ SEEN = "the test figures are not of unseen prompts; a JSON file keeps the two ap
 
 
 def main(args: ArgsType = None) -> None:
-    """Train, test on the test prompts, and write the results into the run's folder.
+    """Train, test on the test prompts, and write the results into the run's folder; with `--plan` only measure.
 
     Raises:
         ValueError: in one line, for what the user can mend.
@@ -44,6 +45,10 @@ def main(args: ArgsType = None) -> None:
         monitor.load()  # small networks first: what is wrong with them is told before the large ones load
     find[BiasMonitor].check_names([] if unused["test"] else data.prompts("test"), module.judge)
     module.configure_model()
+    if cli.config.plan:
+        with telling_what_saves_memory(module, data):
+            print_plan(trainer, cli.config_init.trainer, module, data)
+        return
     started = time.monotonic()
     with telling_what_saves_memory(module, data):
         trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)

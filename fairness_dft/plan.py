@@ -1,0 +1,206 @@
+"""What a run will take, from three measured steps: `python -m fairness_dft.fit --config ... --plan`.
+
+A step costs its sampling pass, the pass that samples the frozen model's images where they are not remembered yet, and
+the way back. The first is always there, the second only the first time that a prompt meets a set of noises, so the two
+are measured apart, and every other number follows from counting.
+"""
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from typing_extensions import override
+
+from fairness_dft.module import FairFinetuning
+from fairness_dft.prompts import PromptBatch, PromptModule
+
+MEASURED = 3
+SETTINGS = [
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "precision",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+]
+
+
+@dataclass
+class Stopwatch(Callback):
+    """Times whole training steps, and what they are made of, on one process.
+
+    Attributes:
+        steps: seconds of each step, in which the frozen model's images were sampled too; the first only warms up.
+        originals: seconds of that alone, sampled again.
+        looks: seconds to sample and look at one image of a test or validation.
+        original_bytes: what is remembered of one image.
+    """
+
+    steps: list[float] = field(default_factory=list)
+    originals: list[float] = field(default_factory=list)
+    looks: list[float] = field(default_factory=list)
+    original_bytes: int = 0
+    started: float = 0.0
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        finish(pl_module)
+        self.started = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: FairFinetuning, outputs: Any, batch: PromptBatch, *args: Any
+    ) -> None:
+        finish(pl_module)
+        self.steps.append(time.perf_counter() - self.started)
+        noise, steps = pl_module.generator.noise(batch.seeds), pl_module.draw_steps(batch, pl_module.randomness())
+        few = noise[: pl_module.evaluation_sampler.images_at_once or len(noise)]
+        with trainer.precision_plugin.forward_context():
+            took, original = timed(lambda: pl_module.look_at_original(batch, noise, steps), pl_module)
+            self.originals.append(took)
+            took, _ = timed(lambda: self.look(pl_module, batch, few), pl_module)
+        self.looks.append(took / len(few))
+        self.original_bytes = sum(values.nbytes for values in original.tensors().values()) // len(noise)
+
+    @torch.no_grad()
+    def look(self, module: FairFinetuning, batch: PromptBatch, noise: Tensor) -> None:
+        """Sample some images as a test does, and look at them as its monitors do."""
+        sampler = module.evaluation_sampler
+        images = module.generate("original", sampler, batch, noise, sampler.draw_steps(module.randomness()))
+        module.judge(images)
+        for network in module.features:
+            sampler.in_chunks(network, images)
+
+
+def finish(module: LightningModule) -> None:
+    """Wait until a GPU has done what it was asked for."""
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+
+
+def timed(function: Callable[[], Any], module: LightningModule) -> tuple[float, Any]:
+    """Seconds that a call took, and what it returned."""
+    finish(module)
+    started = time.perf_counter()
+    with torch.no_grad():
+        found = function()
+    finish(module)
+    return time.perf_counter() - started, found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much a run has to do.
+
+    Attributes:
+        steps: optimizer steps.
+        batches: batches of training, over all steps.
+        images: N of each.
+        sets: how many prompts with how many sets of noise it meets, whose originals are sampled once; as many as
+            batches where noise does not recur.
+        validation: images of all validations together, of all models.
+        test: images of the test, of all models.
+    """
+
+    steps: int
+    batches: int
+    images: int
+    sets: int
+    validation: int
+    test: int
+
+
+def plan(trainer: Trainer, data: PromptModule) -> Plan:
+    """Count what `trainer` will do with `data`, whose training prompts are set up.
+
+    Raises:
+        ValueError: if the run has no end.
+    """
+    prompts, epochs = len(data.train_dataloader()), trainer.max_epochs or -1
+    ends = [trainer.max_steps * trainer.accumulate_grad_batches] * (trainer.max_steps >= 0)
+    ends += [prompts * epochs] * (epochs >= 0)
+    if not ends:
+        raise ValueError("--plan: this run has no end; give --trainer.max_steps")
+    batches = min(ends)
+    sets = batches
+    if data.noise_pool:
+        visits = batches / prompts  # of each prompt, each with one of its sets
+        expected = prompts * data.noise_pool * (1 - (1 - 1 / data.noise_pool) ** visits)
+        sets = min(batches, round(expected))
+    every = trainer.val_check_interval
+    every = every if isinstance(every, int) else max(1, int(prompts * every))
+    if trainer.check_val_every_n_epoch is not None:
+        every = max(every, prompts * trainer.check_val_every_n_epoch)
+    validations = batches // every * bool(trainer.limit_val_batches)
+    validation = validations * len(data.prompts("validation")) * data.validation_images_per_prompt * 3
+    test = len(data.prompts("test")) * data.test_images_per_prompt * 2 * bool(trainer.limit_test_batches)
+    steps = batches // trainer.accumulate_grad_batches
+    return Plan(steps, batches, data.images_per_prompt, sets, validation, test)
+
+
+def print_plan(trainer: Trainer, settings: dict[str, Any], module: FairFinetuning, data: PromptModule) -> None:
+    """Measure three steps, print what the whole run will take, and write nothing.
+
+    Args:
+        trainer: of the run.
+        settings: what it was made with, of which `SETTINGS` are used.
+        module: what is trained; loaded.
+        data: its prompts.
+
+    Raises:
+        ValueError: if the run has no end.
+    """
+    stopwatch = Stopwatch()
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    settings = {name: settings[name] for name in SETTINGS}
+    few = Trainer(**settings, **off, max_steps=MEASURED + 1, limit_val_batches=0, callbacks=[stopwatch])
+    few.fit(module, data)
+    todo = plan(trainer, data)
+    if few.is_global_zero:
+        show(todo, stopwatch, few)
+
+
+def show(todo: Plan, measured: Stopwatch, trainer: Trainer) -> None:
+    """Print the plan and what it will take."""
+    cold, original, look = (
+        sum(values[-MEASURED:]) / MEASURED for values in (measured.steps, measured.originals, measured.looks)
+    )
+    training = todo.batches * (cold - original) + todo.sets * original
+    looks = look / trainer.world_size
+    kept = todo.sets * todo.images * measured.original_bytes
+    if trainer.strategy.root_device.type == "cuda":
+        memory, where = torch.cuda.max_memory_allocated(), "on each GPU"
+    else:
+        memory, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "of this process"
+    table = Table("", "how much", "time", title=f"Plan, from {MEASURED} measured steps")
+    table.add_row("one step", f"{todo.images} images", duration(cold))
+    table.add_row("  of it the frozen model's", "where not remembered", duration(original))
+    table.add_row("training", f"{todo.steps} steps, {todo.batches * todo.images} images", duration(training))
+    table.add_row("  remembered of the frozen model", f"{todo.sets * todo.images} images, {size(kept)}", "")
+    table.add_row("validation", f"{todo.validation} images", duration(todo.validation * looks))
+    table.add_row("test", f"{todo.test} images", duration(todo.test * looks))
+    table.add_row("all", "", duration(training + (todo.validation + todo.test) * looks))
+    table.add_row(f"memory {where}", size(memory), "")
+    Console().print(table)
+    print("Nothing was written. Loading, pictures and the independent classifier's look are not counted.")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words that a person reads."""
+    if seconds < 100:
+        return f"{seconds:.2f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes in words that a person reads."""
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,65 @@
+"""What a run will take, beside counting by hand."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from test_cli import refused, small
+
+from fairness_dft import evaluate
+from fairness_dft.fit import main
+from fairness_dft.plan import Plan, duration, plan, size
+
+
+def trainer(**settings) -> SimpleNamespace:
+    usual = dict(max_steps=-1, max_epochs=-1, accumulate_grad_batches=1, val_check_interval=1.0)
+    usual |= dict(check_val_every_n_epoch=1, limit_val_batches=1.0, limit_test_batches=1.0)
+    return SimpleNamespace(**usual | settings)
+
+
+def prompts(noise_pool: int | None = None) -> SimpleNamespace:
+    of_split = {"validation": ["a", "b"], "test": ["a", "b", "c"]}
+    return SimpleNamespace(
+        train_dataloader=lambda: range(10), prompts=of_split.get, noise_pool=noise_pool, images_per_prompt=8,
+        validation_images_per_prompt=4, test_images_per_prompt=16,
+    )  # fmt: skip
+
+
+def test_a_run_in_steps_with_fresh_noise() -> None:
+    found = plan(trainer(max_steps=25, val_check_interval=10, check_val_every_n_epoch=None), prompts())
+    assert found == Plan(steps=25, batches=25, images=8, sets=25, validation=2 * 2 * 4 * 3, test=3 * 16 * 2)
+
+
+def test_a_run_in_epochs_with_noise_that_recurs() -> None:
+    found = plan(trainer(max_epochs=4, accumulate_grad_batches=2, limit_test_batches=0), prompts(noise_pool=1))
+    assert found == Plan(steps=20, batches=40, images=8, sets=10, validation=4 * 2 * 4 * 3, test=0)
+    # Two sets, two visits: the second visit meets the other set half of the time.
+    assert plan(trainer(max_steps=20), prompts(noise_pool=2)).sets == 15
+
+
+def test_a_run_without_an_end_has_no_plan() -> None:
+    with pytest.raises(ValueError, match="--plan: this run has no end; give --trainer.max_steps"):
+        plan(trainer(), prompts())
+
+
+def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, capsys) -> None:
+    main(small(tmp_path / "runs", "--plan", "--trainer.max_steps=20", "--trainer.val_check_interval=10"))
+    printed = capsys.readouterr().out
+    for line in ("20 steps, 80 images", "validation *│ *12 images", "test *│ *16 images", "memory of this process"):
+        assert re.search(line, printed), printed
+    seconds = [float(found) for found in re.findall(r"(\d+\.\d\d) s", printed)]
+    step, original, training, validation, test, everything = seconds
+    assert 0 < original < step and step < training <= 20 * (step + 0.01)
+    assert everything == pytest.approx(training + validation + test, abs=0.03)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_only_a_fit_has_a_plan(tmp_path, capsys) -> None:
+    with pytest.raises(ValueError, match="--plan is for fairness_dft.fit, not for fairness_dft.evaluate: leave it out"):
+        evaluate.main(small(tmp_path, "--plan"))
+    assert "no end" in refused(capsys, small(tmp_path, "--plan", "--trainer.max_steps=-1", "--model.schedule=constant"))
+
+
+def test_words() -> None:
+    assert (duration(3.14159), duration(125), duration(7265)) == ("3.14 s", "2 min", "2 h 01 min")
+    assert (size(5 * 2**20), size(3 * 2**30)) == ("5.0 MiB", "3.0 GiB")
