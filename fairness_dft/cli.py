@@ -325,7 +325,9 @@ def telling_what_saves_memory(module: FairFinetuning, data: PromptModule) -> Ite
         share = max(1, data.images_per_prompt // module.trainer.world_size)
         chunk, at_once = module.sampler.decode_chunk, min(module.sampler.images_at_once or share, share)
         again = (
-            "" if module.sampler.checkpoint else "; --model.sampler.checkpoint=true keeps those of one step, not of all"
+            ""
+            if module.sampler.checkpoint
+            else "; --model.sampler.checkpoint=true keeps those of so many rows, not of all steps"
         )
         raise ValueError(
             f"the GPU's memory does not suffice ({one_line(error).partition('. ')[0]}); lower "

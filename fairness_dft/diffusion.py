@@ -22,6 +22,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -151,7 +152,7 @@ class StableDiffusion(TextToImage):
         resolution: The height and width of the images, in pixels; that of the model's training by default.
         weights_dtype: The precision in which the frozen weights are kept, whatever they are stored in.
         compile: Whether `torch.compile` compiles the transformer blocks of the U-Net. Their first calls take minutes
-            then; another batch or number of steps does not compile them again. Needs a C++ compiler.
+            then; another batch (of more than one) or number of steps does not compile them again. Needs a C++ compiler.
 
     Raises:
         ValueError: If `weights_dtype` is none of those allowed, or there is nothing to compile with.
@@ -190,7 +191,14 @@ class StableDiffusion(TextToImage):
         self.options = {"local_files_only": folder.is_dir() or not self.reachable}
         with self._loading():
             settings = scheduler_class.load_config(self.source, subfolder="scheduler", **self.options)
+        # As `StableDiffusionPipeline` does: latents are not pixels, and are not clipped as if they were.
+        settings |= {"clip_sample": False} if "clip_sample" in signature(scheduler_class).parameters else {}
         self.scheduler = scheduler_class.from_config(settings)
+        if self.scheduler.config.get("thresholding"):
+            raise ValueError(
+                f"the scheduler of {self.path!r} has `thresholding`, which is for models of pixels: set it to false in "
+                "scheduler_config.json"
+            )
 
     def load(self) -> None:
         """Loads the scheduler, tokenizer, text encoder, U-Net and VAE, and freezes them.

@@ -224,19 +224,9 @@ class GradientPath:
         Raises:
             ValueError: If the weights are uniform and the scheduler does not use some step.
         """
-        coefficients = solver_coefficients(scheduler, steps)
-        scales = torch.ones_like(coefficients)
-        if self.weights == "uniform":
-            scales = uniform_weights(coefficients)
-        elif self.weights == "authors":
-            scheduler = copy.deepcopy(scheduler)
-            scheduler.set_timesteps(steps)
-            scales = authors_weights(scheduler, scheduler.timesteps)
-        if self.steps == "random" and not self.coupled:
-            scales = scales * max(1.0, len(scales) / self.count)
-        return scales
+        return self._scales(solver_coefficients(scheduler, steps), scheduler, steps)
 
-    def weights_at_the_end(self, scheduler: Any, steps: int) -> Tensor:
+    def weights_from_final_latent(self, scheduler: Any, steps: int) -> Tensor:
         """Computes what dL/dz_0 is multiplied by to be the gradient at each prediction ε_t: k_t times `scales`.
 
         Args:
@@ -249,4 +239,17 @@ class GradientPath:
         Raises:
             ValueError: If the weights are uniform and the scheduler does not use some step.
         """
-        return solver_coefficients(scheduler, steps) * self.scales(scheduler, steps)
+        coefficients = solver_coefficients(scheduler, steps)
+        return coefficients * self._scales(coefficients, scheduler, steps)
+
+    def _scales(self, coefficients: Tensor, scheduler: Any, steps: int) -> Tensor:
+        scales = torch.ones_like(coefficients)
+        if self.weights == "uniform":
+            scales = uniform_weights(coefficients)
+        elif self.weights == "authors":
+            scheduler = copy.deepcopy(scheduler)
+            scheduler.set_timesteps(steps)
+            scales = authors_weights(scheduler, scheduler.timesteps)
+        if self.steps == "random" and not self.coupled:
+            scales = scales * max(1.0, len(scales) / self.count)
+        return scales

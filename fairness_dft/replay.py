@@ -64,16 +64,16 @@ def replayed(
         rows: How many rows the network works on at a time.
     """
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    replay = _Calls(calls, model, guidance_scale, rows, _Precision(latents.device.type))
-    return _Replay.apply(latents, replay, conditioning, unconditional, *learned)
+    way_back = _WayBack(calls, model, guidance_scale, rows, _Precision(latents.device.type))
+    return _Replay.apply(latents, way_back, conditioning, unconditional, *learned)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, latents: Tensor, calls: "_Calls", conditioning: Tensor, unconditional: Tensor, *learned: Tensor
+        ctx: Any, latents: Tensor, way_back: "_WayBack", conditioning: Tensor, unconditional: Tensor, *learned: Tensor
     ) -> Tensor:
-        ctx.calls = calls
+        ctx.way_back = way_back
         ctx.save_for_backward(conditioning, unconditional, *learned)
         return latents.view_as(latents)
 
@@ -81,43 +81,45 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         conditioning, unconditional, *learned = ctx.saved_tensors
-        return None, None, *ctx.calls.gradients(gradient, (conditioning, unconditional), learned)
+        return None, None, *ctx.way_back(gradient, conditioning, unconditional, learned)
 
 
 @dataclass(frozen=True)
-class _Calls:
+class _WayBack:
     calls: Sequence[Call]
     model: TextToImage
     guidance_scale: float
     rows: int
     precision: "_Precision"
 
-    def gradients(self, gradient: Tensor, branches: Sequence[Tensor], learned: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of both branches' conditioning, and of the parameters, from that of z_0."""
-        scales = [self.guidance_scale, 1 - self.guidance_scale]
-        used = 1 if self.guidance_scale == 1 else 2
-        conditioning = torch.stack([branch.detach() for branch in branches[:used]])
-        conditioning.requires_grad_(any(branch.requires_grad for branch in branches))
-        weights = torch.tensor([[call.weight * scale for scale in scales] for call in self.calls], dtype=torch.float64)
-        weights = weights.to(gradient)
+    def __call__(
+        self, gradient: Tensor, conditioning: Tensor, unconditional: Tensor, learned: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Gradients of either branch's conditioning, and of all that is learned, from that of z_0."""
+        scales, branches = [1 - self.guidance_scale, self.guidance_scale], [unconditional, conditioning]
+        if self.guidance_scale == 1:  # the empty prompt is not asked
+            scales, branches = scales[1:], branches[1:]
+        conditionings = torch.stack([branch.detach() for branch in branches]).requires_grad_()
         latents = torch.stack([call.latents for call in self.calls])
         timesteps = torch.stack([call.timestep for call in self.calls]).to(gradient.device)
-        wanted = [tensor for tensor in (conditioning, *learned) if tensor.requires_grad]
-        totals: list[Tensor | None] = [None] * len(wanted)
+        weights = torch.tensor([[call.weight * scale for scale in scales] for call in self.calls], dtype=torch.double)
+        weights = weights.to(gradient)
 
-        counts = len(self.calls), used, len(gradient)
-        every = torch.cartesian_prod(*map(torch.arange, counts)).to(gradient.device)
-        for step, branch, image in (part.unbind(1) for part in every.split(self.rows)):
-            with torch.enable_grad(), self.precision.again():
-                prediction = self.model.denoise(latents[step, image], timesteps[step], conditioning[branch, image])
+        wanted = conditionings, *learned
+        totals: list[Tensor | None] = [None] * len(wanted)
+        every = torch.cartesian_prod(*map(torch.arange, (*weights.shape, len(gradient)))).to(gradient.device)
+        for step, branch, image in (part.unbind(1) for part in every.tensor_split(-(-len(every) // self.rows))):
+            with torch.enable_grad(), self.precision.autocast():
+                prediction = self.model.denoise(latents[step, image], timesteps[step], conditionings[branch, image])
             weight = weights[step, branch].view(-1, *[1] * (gradient.ndim - 1))
             found = torch.autograd.grad(prediction, wanted, gradient[image] * weight, allow_unused=True)
             totals = [_add(total, value) for total, value in zip(totals, found, strict=True)]
 
-        of_learned = dict(zip(map(id, wanted), totals, strict=True))
-        total = of_learned.get(id(conditioning))
-        of_branches = [None, None] if total is None else [*total.to(conditioning.dtype), None][:2]
-        return [*of_branches, *(of_learned[id(parameter)] for parameter in learned)]
+        of_branches, *of_learned = totals
+        if of_branches is None:  # the network does not read its conditioning
+            return [None, None, *of_learned]
+        *of_unconditional, of_conditioning = of_branches.to(conditioning.dtype)
+        return [of_conditioning, of_unconditional[0] if of_unconditional else None, *of_learned]
 
 
 def _add(total: Tensor | None, value: Tensor | None) -> Tensor | None:
@@ -125,7 +127,7 @@ def _add(total: Tensor | None, value: Tensor | None) -> Tensor | None:
     if value is None:
         return total
     value = value.to(torch.promote_types(value.dtype, torch.float32))
-    return value if total is None else total.add_(value)
+    return value if total is None else total + value
 
 
 class _Precision:
@@ -136,5 +138,5 @@ class _Precision:
         self.enabled = torch.is_autocast_enabled(device)
         self.dtype = torch.get_autocast_dtype(device)
 
-    def again(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, self.dtype, self.enabled)

@@ -7,9 +7,9 @@ From z_T ~ N(0, I), for each of the T timesteps t of a scheduler,
 In the code z_T is `noise`, z_t is `latents`, ε_t is `prediction`, s is `guidance_scale`, c and ∅ are
 `conditioning` and `unconditional`. The loop carries a graph exactly where gradients are enabled: under
 `torch.no_grad()` it only samples. Which steps carry gradient, and with what weight, is the business of
-`fairness_dft.gradients.GradientPath`. Each such step keeps only its latent and is computed again in the
-backward pass, so memory grows with T by a latent, not by the activations of a U-Net: with detached latents by
-`fairness_dft.replay`, else step by step.
+`fairness_dft.gradients.GradientPath`. With `checkpoint` such a step keeps only its latent and is computed again in
+the backward pass, so memory grows with T by a latent, not by the activations of a U-Net: with detached latents by
+`fairness_dft.replay`, else step by step. Without it all activations are kept, which takes less time.
 
 References:
     Training Deep Nets with Sublinear Memory Cost (Chen et al., 2016). https://arxiv.org/abs/1604.06174
@@ -74,9 +74,9 @@ class Sampler:
         checkpoint: Whether to save memory by computing the activations of each step again in the backward
             pass.
         decode_chunk: The number of images that the decoder, or a feature network, works on at a time.
-        images_at_once: The number of images that the denoising network works on at a time; all by default. In the
-            backward pass with `checkpoint`, where latents are detached, it is that of images in one branch of guidance,
-            of whichever steps, whose activations exist at a time.
+        images_at_once: The number of images that the denoising network works on at a time; all by default. With
+            `checkpoint` and detached latents it is also how many rows, of one image at one step in one branch of
+            guidance, are computed again at a time.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -147,20 +147,20 @@ class Sampler:
         scheduler = copy.deepcopy(model.scheduler)  # it keeps the history of its multistep solver
         scheduler.set_timesteps(steps)  # on the CPU, where its lookups do not make a GPU wait
         replays = self.checkpoint and not self.gradient.coupled and torch.is_grad_enabled()
-        path = self._path(model.scheduler, steps, len(scheduler.timesteps), replays, generator)
+        weights = self._weights(model.scheduler, steps, len(scheduler.timesteps), replays, generator)
         calls: list[Call] = []
 
         sources = noise_sources(scheduler, noise)
         latents = noise * scheduler.init_noise_sigma
-        for timestep, scale in zip(scheduler.timesteps, path, strict=True):
+        for timestep, weight in zip(scheduler.timesteps, weights, strict=True):
             inputs = scheduler.scale_model_input(latents, timestep)
-            if replays and scale is not None:
-                calls.append(Call(inputs, timestep, weight=scale))
-                scale = None  # the call itself builds no graph
+            if replays and weight is not None:
+                calls.append(Call(inputs, timestep, weight))
+            scale = None if replays else weight
             prediction = self._predict(model, inputs, timestep, conditioning, unconditional, scale)
             latents = scheduler.step(prediction, timestep, latents, **sources).prev_sample
         if replays:
-            rows = self.images_at_once or (1 if self.guidance_scale == 1 else 2) * len(noise)
+            rows = self.images_at_once or len(noise)
             latents = replayed(latents, calls, model, conditioning, unconditional, self.guidance_scale, rows)
         return self.in_chunks(model.decode, latents)
 
@@ -178,15 +178,21 @@ class Sampler:
         """
         return chunked(self._wrap(function), inputs, self.decode_chunk)
 
-    def _path(
+    def _weights(
         self, scheduler: Any, steps: int, total: int, replays: bool, generator: Generator | None
     ) -> list[float | None]:
-        """Returns for each step the factor of its gradient, at z_0 if it is replayed, or None if it carries none."""
+        """Returns for each step what multiplies its gradient, None if it carries none.
+
+        That is the gradient at its prediction ε_t, or where steps are replayed the gradient at the final latent z_0.
+        """
         if not torch.is_grad_enabled():
             return [None] * total
         selected = self.gradient.select(total, generator).tolist()
-        scales = (self.gradient.weights_at_the_end if replays else self.gradient.scales)(scheduler, steps).tolist()
-        return [scale if carries else None for carries, scale in zip(selected, scales, strict=True)]
+        if replays:
+            weights = self.gradient.weights_from_final_latent(scheduler, steps)
+        else:
+            weights = self.gradient.scales(scheduler, steps)
+        return [weight if carries else None for carries, weight in zip(selected, weights.tolist(), strict=True)]
 
     def _predict(
         self,

@@ -10,7 +10,7 @@ holds q (``probabilities``), y (``classes``) and c (``confidence``).
 A draw enters only through its class counts m ~ Multinomial(n, D), so the expectation runs over count vectors,
 of which there are C(n+K−1, K−1). Classes that D excludes are removed first. If two are left, q is a Binomial
 tail; if the count vectors are few, all are solved and weighted by their probability; if they are many, some are drawn,
-by a low-discrepancy sequence, which comes as close as several times as many independent draws.
+by a low-discrepancy sequence, which comes as close as two to four times as many independent draws.
 
 Several attributes a = 1, ..., A are aligned jointly: D is over the product of their classes, the cost of an
 image and a draw is (Σ_a ‖p_i^a − u^a‖₂²)^½, and q_i, marginalised, gives each attribute its y_i^a and c_i^a.
@@ -281,7 +281,7 @@ def enumerate_counts(images: int, classes: int) -> np.ndarray:
 def draw_counts(
     images: int, distribution: np.ndarray, draws: int, generator: torch.Generator | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Class counts of random draws u_1, ..., u_n ~ D, spread evenly over what is possible.
+    """Class counts of random draws u_1, ..., u_n ~ D that together cover the distribution of counts evenly.
 
     Given the counts of the classes before it, the count of class k is binomial, m_k ~ Binomial(n − Σ_j<k m_j, D_k /
     Σ_j≥k D_j). The inverses of these K − 1 distribution functions take a point of the unit cube to a count vector, and
@@ -298,15 +298,17 @@ def draw_counts(
         The distinct count vectors drawn, with shape (M, K), and how often each was, with shape (M,).
 
     Reference:
-        Scrambled net variance for integrals of smooth functions (Owen, 1997),
-        https://doi.org/10.1214/aos/1031594731
+        On the L2-discrepancy for anchored boxes (Matoušek, 1998), whose scrambling scipy's is,
+        https://doi.org/10.1006/jcom.1998.0489
     """
     classes = len(distribution)
     seed = int(torch.randint(2**31, (), generator=generator))
     points = qmc.Sobol(classes - 1, seed=seed).random_base2((draws - 1).bit_length())
     left, counts = np.full(len(points), images), []
-    for point, share, rest in zip(points.T, distribution, distribution[::-1].cumsum()[::-1], strict=False):
-        counts.append(binom.ppf(point, left, min(share / rest, 1)).astype(np.int64))
+    remaining = 1 - np.concatenate([[0], distribution.cumsum()[:-1]])
+    for point, share, rest in zip(points.T, distribution[:-1], remaining[:-1], strict=True):
+        drawn = binom.ppf(point, left, min(share / rest, 1))
+        counts.append(np.maximum(drawn, 0).astype(np.int64))  # the quantile of 0 is -1
         left = left - counts[-1]
     return np.unique(np.stack([*counts, left], axis=1), axis=0, return_counts=True)
 

@@ -1,5 +1,6 @@
 """The frozen model: loading, noise and guidance, and what happens where there is no model."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -210,3 +211,19 @@ def test_hub_is_asked_only_if_there_is_no_folder(folder: Path, monkeypatch) -> N
     monkeypatch.setattr(HfApi, "model_info", lambda self, path, **options: asked.append(path))
     load(folder)
     assert asked == []
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler"])
+def test_latents_are_not_clipped_like_pixels(scheduler: str) -> None:
+    """The settings that ship with the miniature do not mention it, and diffusers' default is for pixels."""
+    model = StableDiffusion("data/portraits/pipeline", scheduler)
+    model.check()
+    assert model.scheduler.config.clip_sample is False
+
+
+def test_thresholding_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "scheduler").mkdir()
+    settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings | {"thresholding": True}))
+    with pytest.raises(ValueError, match="has `thresholding`, which is for models of pixels: set it to false"):
+        StableDiffusion(str(tmp_path)).check()

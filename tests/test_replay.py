@@ -63,14 +63,14 @@ def test_calls_made_again_have_the_gradient_of_the_graph(
 
 
 @pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"])
-def test_so_have_they_with_schedulers_that_draw_noise_or_call_more_often(folder: Path, scheduler: str) -> None:
+def test_they_have_it_with_schedulers_that_draw_noise_or_call_more_often(folder: Path, scheduler: str) -> None:
     adapter = TextEncoderLoRA(rank=2)
     model, path = finetuned(folder, adapter, scheduler), GradientPath(weights="solver")
     expected, found = (gradient(model, adapter, gradient=path, checkpoint=again, steps=5) for again in (False, True))
     assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 0.0, 7.5])
+@pytest.mark.parametrize("guidance_scale", [1.0, 0.0, 0.5, 7.5])
 @pytest.mark.parametrize("prompts", ["a chef", PROMPTS])
 def test_with_and_without_guidance(folder: Path, guidance_scale: float, prompts: str | list[str]) -> None:
     adapter = TextEncoderLoRA(rank=2)
@@ -102,10 +102,9 @@ def test_sampling_has_no_graph_and_going_back_takes_some_rows_of_any_steps(
     assert all(graph for graph, *_ in calls)
     sizes = [size for _, size, _ in calls]
     total = 2 * 2 * 3  # steps that carry gradient, branches, images
-    assert sum(sizes) == total and set(sizes[:-1]) <= {rows} and sizes[-1] <= rows
+    assert sum(sizes) == total and max(sizes) <= rows and max(sizes) - min(sizes) <= 1
+    assert len(calls) == -(-total // rows)
     assert len(set().union(*(steps for *_, steps in calls))) == 2
-    if rows >= total:
-        assert len(calls) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

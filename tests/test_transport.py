@@ -189,6 +189,12 @@ def test_drawn_counts_are_multinomial(distribution: list[float]) -> None:
     assert (np.abs(weights / draws - expected) < 2 * error + 1e-4).all()
 
 
+def test_the_corner_of_the_cube_is_a_draw_like_any_other(monkeypatch) -> None:
+    """A Sobol sequence may hold an exact 0, of which scipy's binomial quantile is -1."""
+    monkeypatch.setattr("scipy.stats.qmc.Sobol.random_base2", lambda *_: np.zeros((1, 3)))
+    assert draw_counts(9, np.full(4, 0.25), 1)[0].tolist() == [[0, 0, 0, 9]]
+
+
 @pytest.mark.parametrize(("draws", "made"), [(1, 1), (2, 2), (3, 4), (100, 128), (256, 256)])
 def test_draws_are_a_power_of_two(draws: int, made: int) -> None:
     assert draw_counts(9, np.full(4, 0.25), draws, torch.Generator().manual_seed(0))[1].sum() == made
