@@ -11,6 +11,7 @@ References:
 """
 
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -53,25 +54,64 @@ def as_list(state: list[Tensor] | Tensor) -> list[Tensor]:
     return [state] if isinstance(state, Tensor) else state
 
 
+class Inception(nn.Module):
+    """Inception-v3 with the weights of published FIDs, where they are at hand.
+
+    It is torch-fidelity's, which is none of this project's requirements: `pip install torch-fidelity`.
+
+    Args:
+        path: the file of its weights, `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's releases.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def load(self) -> None:
+        """Load the network, once.
+
+        Raises:
+            ValueError: in one line, if the package or the file is missing or of no use.
+        """
+        if hasattr(self, "network"):
+            return
+        if not Path(self.path).is_file():
+            raise ValueError(f"--quality_monitor.inception: there is no file {self.path!r}; give Inception's weights")
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        try:
+            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], self.path)
+        except ModuleNotFoundError as error:
+            raise ValueError("--quality_monitor.inception needs a package: pip install torch-fidelity") from error
+        except Exception as error:  # of whatever kind a file of other weights raises
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"--quality_monitor.inception: {self.path!r} holds no Inception ({reason})") from error
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings with shape (N, 2048), of images with shape (N, 3, H, W) in [0, 1]."""
+        return self.network((images * 255).byte())
+
+
 class Fidelity(nn.Module):
     """Fréchet (FID) and kernel (KID) distance between two sets of embeddings, over all processes.
 
-    Embeddings of unit length and dimension D are taken √D times as long, so that their numbers are about one.
-
     Args:
         dimension: D.
+        scale: what embeddings are multiplied by; √D by default, so that the numbers of those of unit length are about
+            one. Published FIDs take Inception's as they are, 1.
     """
 
-    def __init__(self, dimension: int) -> None:
+    def __init__(self, dimension: int, scale: float | None = None) -> None:
         super().__init__()
-        self.scale = dimension**0.5
+        self.scale = dimension**0.5 if scale is None else scale
         self.frechet = FrechetInceptionDistance(Given(dimension))
         with warnings.catch_warnings():  # of the memory that embeddings take
             warnings.simplefilter("ignore")
             self.kernel = KernelDistance(Given(dimension), subset_size=SUBSET)
 
     def update(self, before: Tensor, after: Tensor) -> None:
-        """Add embeddings of pictures of both models, of unit length, each with shape (N, D)."""
+        """Add embeddings of pictures of both models, each with shape (N, D)."""
         for metric in (self.frechet, self.kernel):
             for embeddings, real in ((before, True), (after, False)):
                 metric.update(embeddings.float() * self.scale, real=real)

@@ -18,7 +18,7 @@ from typing_extensions import override
 from fairness_dft.attributes import TIMES, Attribute
 from fairness_dft.classifiers import Judge, Verdict
 from fairness_dft.features import Clip
-from fairness_dft.fidelity import Fidelity
+from fairness_dft.fidelity import Fidelity, Inception
 from fairness_dft.metrics import BiasSummary, FairnessMetric, Watched
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_files import Prompt
@@ -266,13 +266,15 @@ class QualityMonitor(EvaluationCallback):
     Args:
         judge: a judge that training never saw, with a head for the subject; none skips the last measure.
         subject: name of that head.
+        inception: weights of `fidelity.Inception`, for the distances of published figures too; none leaves them out.
 
     Attributes:
         values: after an evaluation, the mean of each measure by (measure, model).
     """
 
-    def __init__(self, judge: Judge | None = None, subject: str = "subject") -> None:
+    def __init__(self, judge: Judge | None = None, subject: str = "subject", inception: str | None = None) -> None:
         self.judge, self.subject = judge, subject
+        self.inception = None if inception is None else Inception(inception)
         self.metrics: dict[tuple[str, str], MeanMetric] = {}
         self.sets: dict[tuple[str, str], Fidelity] = {}
         self.tested = False
@@ -282,11 +284,13 @@ class QualityMonitor(EvaluationCallback):
         """Load the judge, once.
 
         Raises:
-            ValueError: if it does not read the subject.
+            ValueError: if it does not read the subject, or Inception cannot be loaded.
         """
         if self.judge is not None:
             self.judge.load()
             self.judge.classes(self.subject)
+        if self.inception is not None:
+            self.inception.load()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -311,8 +315,13 @@ class QualityMonitor(EvaluationCallback):
                     measure = f"{name}_i" if isinstance(network, Clip) else name
                     self.update(module, (measure, model), (embedding * embeddings["original"]).sum(-1))
                     if self.tested:
-                        moved = self.sets.setdefault((name, model), Fidelity(embedding.shape[1])).to(module.device)
-                        moved.update(embeddings["original"], embedding)
+                        self.moved(module, (name, model), embeddings["original"], embedding)
+        if self.inception is not None and self.tested:
+            inception = self.inception.to(module.device)
+            embeddings = {model: inception(pictures) for model, pictures in images.items()}
+            original = embeddings.pop("original")
+            for model, embedding in embeddings.items():
+                self.moved(module, ("inception", model), original, embedding, scale=1.0)
         if self.judge is not None:
             judge = self.judge.to(module.device)
             read = {model: judge(pictures) for model, pictures in images.items()}
@@ -320,6 +329,13 @@ class QualityMonitor(EvaluationCallback):
             for model, verdict in read.items():
                 same = verdict.classes(self.subject) == original.classes(self.subject)
                 self.update(module, (f"{self.subject}_kept", model), same.float())
+
+    def moved(
+        self, module: FairFinetuning, key: tuple[str, str], before: Tensor, after: Tensor, scale: float | None = None
+    ) -> None:
+        """Add embeddings to the distances of a (network, model), made on first use."""
+        distances = self.sets.setdefault(key, Fidelity(before.shape[1], scale)).to(module.device)
+        distances.update(before, after)
 
     def update(self, module: FairFinetuning, key: tuple[str, str], values: Tensor) -> None:
         """Add values to the mean of a (measure, model), made on first use."""

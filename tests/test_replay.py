@@ -148,7 +148,7 @@ def test_compiled_blocks_have_the_same_gradient_and_are_compiled_once(folder: Pa
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     gradients, graphs = [], torch._dynamo.utils.counters["stats"]
     for compiled in (False, True):
-        adapter = ADAPTERS["both"]()
+        adapter = ADAPTERS["text encoder"]()
         model = finetuned(folder, adapter, compile=compiled)
         before = graphs["unique_graphs"]
         gradients.append(gradient(model, adapter, images_at_once=3))
