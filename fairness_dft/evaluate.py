@@ -123,14 +123,16 @@ def main(args: ArgsType = None) -> None:
         module.source = ImageStore(cli.folder / "images")
         loader, prompts, few = None, data.prompts(data.tested), data.test_images_per_prompt
     if trainer.is_global_zero:
-        begin(cli, prompts)
+        depends_on = begin(cli, prompts)
         warn_of_few_images(few)
     for monitor in (find[BiasMonitor], find[QualityMonitor]):
         monitor.load()
     find[BiasMonitor].check_names(prompts, module.judge)
     module.configure_model()
-    if trainer.is_global_zero and not loader:
-        warn_of_long_prompts(module, prompts)
+    if trainer.is_global_zero:
+        write_json(cli.folder / "audit.json", depends_on)
+        if not loader:
+            warn_of_long_prompts(module, prompts)
     started = time.monotonic()
     trainer.test(module, dataloaders=loader, datamodule=None if loader else data, verbose=False)
     if not trainer.is_global_zero:
@@ -190,10 +192,13 @@ def warn_of_long_prompts(module: Audit, prompts: Sequence[Prompt]) -> None:
         )
 
 
-def begin(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> None:
-    """Write down what the audit depends on, or check that it is what is there already.
+def begin(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What the audit depends on, checked to be what is there already.
 
     Of an audit without results, more prompts or images may be asked for, and other judges.
+
+    Returns:
+        What `audit.json` is to say once everything is loaded: a mistake in an adapter must not use up a name.
 
     Raises:
         ValueError: if the folder holds an audit with other settings, or something else.
@@ -219,7 +224,7 @@ def begin(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> None:
             )
     elif any(path.name not in ("audit.part", "config.yaml") for path in cli.folder.iterdir()):
         raise ValueError(f"--name: {str(cli.folder)!r} is there already, and no audit; choose another name")
-    write_json(file, given)
+    return given
 
 
 def plain(value: Any) -> Any:

@@ -225,6 +225,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         (["--trainer.limit_test_batches=0"], "use --data.init_args.test_prompts"),
     ):
         assert said in refused(capsys, [*FEW, *place, *more]), said
+    assert not (tmp_path / "fit" / "audit.json").exists()  # the name is free for the right adapter
 
 
 def test_what_is_not_finished_may_be_judged_otherwise(run: Path, audit: Path, tmp_path: Path) -> None:
