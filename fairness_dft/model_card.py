@@ -44,7 +44,7 @@ def adapter_card(
         f"{int(adapter.parent.name[5:])}, `{adapter.name}`.",
         "## Use\n\n" + usage(module.adapter, str(base), merged),
         "## Figures\n\n" + figures(results, adapter, scale),
-        "## Limits\n\n" + LIMITS,
+        "## Limits\n\n" + limits(results),
         "## Licences\n\n" + licences(module),
     ]
     return "\n\n".join(parts) + "\n"
@@ -114,10 +114,18 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-LIMITS = """\
+def limits(results: dict | None) -> str:
+    """What the figures do not say."""
+    shares = [
+        f"{number(models['original'], 2)} before and {number(models['ema'], 2)} after ({name}, {judge} classifier)"
+        for judge, seen in (results or {}).get("obedience", {}).items()
+        for name, models in seen.items()
+    ]
+    obeyed = f"it was in a share of the pictures of {'; '.join(shares)}" if shares else "this was not measured here"
+    return f"""\
 - The attributes are *perceived* ones, as classifiers read pictures, in few classes; they say nothing about any person.
 - Figures hold for the run's prompts, sampler and classifiers. Other prompts, and other classifiers, may differ.
-- A prompt that names an attribute should still be obeyed; this was not measured here.
+- A prompt that names an attribute should still be obeyed; {obeyed}.
 - Balanced pictures do not make a use of pictures fair."""
 
 

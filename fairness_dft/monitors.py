@@ -4,14 +4,14 @@ Every monitor is handed the same images, those of the original, the trained and 
 prompts and noise; each has one concern.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -304,13 +304,12 @@ class QualityMonitor(EvaluationCallback):
     @override
     @torch.no_grad()
     def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
-        for network in module.features:
+        for name, network in by_name(module.features).items():
             embeddings = {model: network(pictures) for model, pictures in images.items()}
-            name = type(network).__name__.lower()
             for model, embedding in embeddings.items():
                 if isinstance(network, Clip):
                     text = network.embed_text([batch.prompt.text])
-                    self.update(module, ("clip_t", model), (embedding * text).sum(-1))
+                    self.update(module, (f"{name}_t", model), (embedding * text).sum(-1))
                 if model != "original":
                     measure = f"{name}_i" if isinstance(network, Clip) else name
                     self.update(module, (measure, model), (embedding * embeddings["original"]).sum(-1))
@@ -351,6 +350,16 @@ class QualityMonitor(EvaluationCallback):
         prefix = "" if stage == "validation" else "test_"
         for (measure, model), value in self.values.items():
             module.log(f"{prefix}kept/{measure}_{model}", value, sync_dist=True)
+
+
+def by_name(networks: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Networks by the name of their class; the second of a class is `clip_2`."""
+    named: dict[str, nn.Module] = {}
+    for network in networks:
+        name = type(network).__name__.lower()
+        place = 1 + sum(type(other) is type(network) for other in named.values())
+        named[name if place == 1 else f"{name}_{place}"] = network
+    return named
 
 
 class ImageGrid(EvaluationCallback):

@@ -13,6 +13,7 @@ from PIL import Image
 from fairness_dft.attributes import Attribute
 from fairness_dft.callbacks import AdapterAverage, AdapterCheckpoint, StepBar, Throughput
 from fairness_dft.classifiers import Judge, Verdict
+from fairness_dft.features import Clip
 from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
@@ -128,6 +129,24 @@ def test_quality_is_the_mean_cosine(run):
     assert values["clip_i", "ema"] == pytest.approx(np.mean(to_original), abs=1e-5)
     assert values["dino", "ema"] == pytest.approx(np.mean(class_token), abs=1e-5)
     assert values["subject_kept", "ema"] == pytest.approx(np.mean(same))
+
+
+def test_two_networks_of_a_class_are_measured_apart():
+    """One that is turned round must not cancel the other."""
+
+    networks = [Clip("data/portraits/clip") for _ in range(2)]
+    for network in networks:
+        network.load()
+    networks[1].register_forward_hook(lambda _, __, embeddings: -embeddings)
+    monitor, images = QualityMonitor(), torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    module = SimpleNamespace(features=networks, device=torch.device("cpu"), log=lambda *_, **__: None)
+    batch = SimpleNamespace(prompt=Prompt("a chef", "chef", "occupation"))
+    monitor.start(None, module, "validation")
+    monitor.see(module, {"original": images}, batch)
+    monitor.finish(None, module, "validation")
+    values = {measure: value for (measure, _), value in monitor.values.items()}
+    assert values.keys() == {"clip_t", "clip_2_t"}
+    assert values["clip_2_t"] == pytest.approx(-values["clip_t"]) and abs(values["clip_t"]) > 0.01
 
 
 def test_adapters_are_saved_as_safetensors_that_match(run):

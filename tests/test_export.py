@@ -200,3 +200,14 @@ def test_a_run_leaves_the_machine_and_the_prompts_that_it_was_made_with(run: tup
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     main([f"--run={copied}", f"--output={tmp_path / 'taken'}"])
     assert (tmp_path / "taken" / "README.md").is_file()
+
+
+def test_a_card_tells_whether_prompts_were_obeyed() -> None:
+    from fairness_dft.model_card import limits
+
+    assert "still be obeyed; this was not measured here." in limits(None) and limits({"obedience": {}}) == limits(None)
+    seen = {"independent": {"age": {"original": 0.91, "ema": 0.88}}}
+    told = limits({"obedience": seen})
+    assert (
+        "obeyed; it was in a share of the pictures of 0.91 before and 0.88 after (age, independent classifier)." in told
+    )
