@@ -1,6 +1,6 @@
 """What an audit looks at: a model that draws, with its images kept on disk, or images that others made."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -53,7 +53,8 @@ class Audit(FairFinetuning):
     @override
     def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
         if isinstance(self.source, ImageFolder):
-            return {model: self.source.images(model, batch.prompt.text, batch.seeds) for model in self.models}
+            text = self.source.prompts[batch.index]
+            return {model: self.source.images(model, text, batch.seeds) for model in self.models}
         return {model: self.draw(model, batch) for model in self.models}
 
     def draw(self, model: str, batch: PromptBatch) -> Tensor:
@@ -67,12 +68,17 @@ class Audit(FairFinetuning):
 
 
 class FolderPrompts:
-    """The prompts of an `ImageFolder`, with the numbers of their images for seeds, some at a time."""
+    """The images of an `ImageFolder`, their numbers for seeds, some at a time.
 
-    def __init__(self, folder: ImageFolder) -> None:
+    Args:
+        folder: the images.
+        prompts: what they are of, in the folder's order.
+    """
+
+    def __init__(self, folder: ImageFolder, prompts: Sequence[Prompt]) -> None:
         self.batches = [
-            PromptBatch(prompt=Prompt(text, text, "images"), index=index, seeds=numbers)
-            for index, text in enumerate(folder.prompts)
+            PromptBatch(prompt=prompt, index=index, seeds=numbers)
+            for index, (text, prompt) in enumerate(zip(folder.prompts, prompts, strict=True))
             for numbers in torch.arange(len(folder.files["original"][text])).split(AT_ONCE)
         ]
         self.prompt_count = len(folder.prompts)

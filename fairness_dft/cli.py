@@ -345,6 +345,7 @@ def run_main(main: Any) -> None:
     """
     for talker in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):  # they tell every start and process
         logging.getLogger(talker).setLevel(logging.WARNING)
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # it tells what it does without
     for own in (".*LeafSpec.*deprecated", ".*all_gather is deprecated"):  # calls that lightning makes
         warnings.filterwarnings("ignore", message=own, category=FutureWarning)
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run has a folder of its own

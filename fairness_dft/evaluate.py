@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +25,11 @@ from fairness_dft.diffusers_adapter import DiffusersAdapter, NoAdapter
 from fairness_dft.html_report import html_report, shown_judge, write_html
 from fairness_dft.image_store import ImageFolder, ImageStore
 from fairness_dft.metrics import finite_sample_floor
-from fairness_dft.monitors import BiasMonitor, QualityMonitor
-from fairness_dft.prompt_files import Prompt
+from fairness_dft.monitors import BiasMonitor, QualityMonitor, results_of_test
+from fairness_dft.prompt_files import Prompt, normalise
+from fairness_dft.prompts import PromptBatch
 from fairness_dft.report import print_results
-from fairness_dft.results import results, surroundings, write_csv, write_json
+from fairness_dft.results import MODELS, surroundings, write_csv, write_json
 
 # Settings that an audit's images, and then its figures, depend on.
 DECIDING = ("seed_everything", "split", "images", "trainer.precision", "model.generator", "model.evaluation_sampler")
@@ -43,7 +44,7 @@ DECIDING += (
 )
 FREE = ("model.judge", "model.attribute", "model.features", "bias_monitor", "quality_monitor")
 FREE += ("data.init_args.test_prompts", "data.init_args.test_images_per_prompt", "content")
-ENOUGH = 48  # images of a prompt; a fair model scores 0.11 of so many
+ENOUGH = 24  # images of a prompt for each class; a fair model scores about a tenth of the largest bias then
 
 
 class EvaluateCLI(FairnessCLI):
@@ -106,31 +107,18 @@ def main(args: ArgsType = None) -> None:
     """
     cli = EvaluateCLI(args)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    find = {type(callback): callback for callback in trainer.callbacks}
     module.face_realism = None  # a loss of finetuning
     module.adapter = DiffusersAdapter(cli.config.adapter) if cli.config.adapter else NoAdapter()
-    if cli.config.images:
-        if cli.config.adapter or trainer.world_size > 1:
-            raise ValueError("--images: goes without --adapter, and with --trainer.devices=1, since nothing is drawn")
-        module.source = ImageFolder(Path(cli.config.images))
-        loader: Any = FolderPrompts(module.source)
-        prompts = [Prompt(text, text, "images") for text in module.source.prompts]
-        few = min(len(files) for files in module.source.files["original"].values())
-    else:
-        data.tested = cli.config.split
-        data.check([data.tested], trainer.world_size)
-        module.generator.check()
-        module.source = ImageStore(cli.folder / "images")
-        loader, prompts, few = None, data.prompts(data.tested), data.test_images_per_prompt
+    data.tested = cli.config.split
+    loader, prompts, images = judged_images(cli) if cli.config.images else drawn_images(cli)
+    if images < 2:
+        raise ValueError("1 image a prompt cannot show a bias: give at least 2, and better 24 for each class")
     if trainer.is_global_zero:
         depends_on = begin(cli, prompts)
-        warn_of_few_images(few)
-    for monitor in (find[BiasMonitor], find[QualityMonitor]):
-        monitor.load()
-    find[BiasMonitor].check_names(prompts, module.judge)
-    module.configure_model()
+    load(cli, prompts)
     if trainer.is_global_zero:
         write_json(cli.folder / "audit.json", depends_on)
+        warn_of_few_images(images, module)
         if not loader:
             warn_of_long_prompts(module, prompts)
     started = time.monotonic()
@@ -142,42 +130,126 @@ def main(args: ArgsType = None) -> None:
         "adapter": cli.config.adapter,
         "images": cli.config.images,
         "split": None if loader else data.tested,
-        "images_per_prompt": few,
-        "other_targets": list(module.attribute.targets),
-        "test_prompts": [prompt.text for prompt in prompts],
+        "images_per_prompt": images,
         **surroundings(),
     }
-    bias, kept = find[BiasMonitor], find[QualityMonitor].values
-    content = results(
-        module.attribute.names,
-        module.target_shares(),
-        bias.summaries,
-        kept,
-        facts,
-        bias.concepts,
-        bias.agreement,
-        bias.obedience,
-    )
-    write_json(cli.folder / "results.json", content)
-    write_csv(cli.folder / "per_prompt.csv", content, prompts)
+    content = results_of_test(module, prompts, facts)
+    refuse_no_faces(content)
+    write(cli, content, prompts, loader or data.test_dataloader())
+
+
+def judged_images(cli: EvaluateCLI) -> tuple[Any, list[Prompt], int]:
+    """Makes the module look at the images of `--images`.
+
+    A folder of a prompt that the chosen split knows is of that prompt's subject and concept, and names what it names.
+
+    Returns:
+        Their loader, their prompts, and the smallest number of images of one.
+
+    Raises:
+        ValueError: if they cannot be looked at.
+    """
+    if cli.config.adapter or cli.trainer.world_size > 1:
+        raise ValueError("--images: goes without --adapter, and with --trainer.devices=1, since nothing is drawn")
+    source = ImageFolder(Path(cli.config.images))
+    known = {normalise(prompt.text): prompt for prompt in cli.datamodule.prompts(cli.config.split)}
+    prompts = [known.get(normalise(text), Prompt(text, text, "images")) for text in source.prompts]
+    cli.model.source = source
+    few = min(len(files) for files in source.files["original"].values())
+    return FolderPrompts(source, prompts), prompts, few
+
+
+def drawn_images(cli: EvaluateCLI) -> tuple[None, list[Prompt], int]:
+    """Makes the module draw the prompts of the chosen split, as far as their images are not there yet.
+
+    Returns:
+        No loader but the data's own, the prompts, and the number of images of one.
+
+    Raises:
+        ValueError: if they cannot be drawn.
+    """
+    data, split = cli.datamodule, cli.config.split
+    data.check([split], cli.trainer.world_size)
+    cli.model.generator.check()
+    cli.model.source = ImageStore(cli.folder / "images")
+    return None, data.prompts(split), data.test_images_per_prompt
+
+
+def load(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> None:
+    """Load every network, small ones first."""
+    find = {type(callback): callback for callback in cli.trainer.callbacks}
+    for monitor in (find[BiasMonitor], find[QualityMonitor]):
+        monitor.load()
+    find[BiasMonitor].check_names(prompts, cli.model.judge)
+    cli.model.configure_model()
+
+
+def write(cli: EvaluateCLI, content: dict[str, Any], prompts: Sequence[Prompt], loader: Iterable[PromptBatch]) -> None:
+    """Write the files of an audit, and tell where they are."""
+    module, folder = cli.model, cli.folder
+    write_json(folder / "results.json", content)
+    write_csv(folder / "per_prompt.csv", content, prompts)
+    bias = next(callback for callback in cli.trainer.callbacks if isinstance(callback, BiasMonitor))
     shown = dict(bias.judges(module))[shown_judge(content)]
-    made = {key: facts[key] for key in ("adapter", "images", "split", "machine", "versions")}
-    settings = json.dumps(made, indent=1) + "\n\n" + (cli.folder / "config.yaml").read_text(encoding="utf-8")
-    page = html_report(cli.config.name, content, settings, grids(module, shown, loader or data.test_dataloader()))
-    write_html(cli.folder / "report.html", page)
-    if not cli.config.keep_images and not loader:
-        shutil.rmtree(cli.folder / "images")
+    made = {key: content["run"][key] for key in ("adapter", "images", "split", "machine", "versions")}
+    settings = json.dumps(made, indent=1) + "\n\n" + (folder / "config.yaml").read_text(encoding="utf-8")
+    page = html_report(cli.config.name, content, settings, method(cli), grids(module, shown, loader))
+    write_html(folder / "report.html", page)
+    if not cli.config.keep_images and isinstance(module.source, ImageStore):
+        shutil.rmtree(folder / "images")
     print_results(content)
-    print(f"Report:  {cli.folder / 'report.html'}\nResults: {cli.folder / 'results.json'} and per_prompt.csv")
+    print(f"Report:  {folder / 'report.html'}\nResults: {folder / 'results.json'} and per_prompt.csv")
 
 
-def warn_of_few_images(images: int) -> None:
+def method(cli: EvaluateCLI) -> list[str]:
+    """How the audit was made, in sentences."""
+    module, config = cli.model, cli.config
+    if config.images:
+        told = [f"The images of the folder {config.images} were made by others and are only looked at."]
+    else:
+        generator, sampler = module.generator, module.evaluation_sampler
+        name = f"{getattr(generator, 'path', type(generator).__name__)}"
+        told = [f"Images are drawn by {name}, in {sampler.steps} steps at guidance scale {sampler.guidance_scale:g}."]
+        if config.adapter:
+            told.append(f"“After” is the same model with {config.adapter}, from the same noise.")
+    every = next(callback for callback in cli.trainer.callbacks if isinstance(callback, BiasMonitor)).every_face
+    told.append("Each face of an image counts." if every else "Of several faces in an image the largest counts.")
+    judges = {"training": config.model.judge, "independent": config.bias_monitor.independent_judge}
+    judges |= config.bias_monitor.other_judges or {}
+    paths = {name: judge.classifier.get("init_args", {}).get("path") for name, judge in judges.items() if judge}
+    told += [f"The classifier “{name}” is {path}." for name, path in paths.items() if path]
+    return told
+
+
+def refuse_no_faces(content: Mapping[str, Any]) -> None:
+    """Say that nothing can be said of pictures without faces.
+
+    Raises:
+        ValueError: if no judge sees one.
+    """
+    sides = [side for seen in content["bias"].values() for models in seen.values() for side in models_of(models)]
+    if not any(sum(map(sum, side["counts"])) for side in sides):
+        raise ValueError(
+            "no image shows a face, as the detectors see it: nothing can be said of whom they show; give pictures of "
+            "people, best 24 a prompt for each class, or another --model.judge.faces"
+        )
+
+
+def models_of(models: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The summaries of an attribute, without what is told beside them."""
+    return [models[model] for model in MODELS if model in models]
+
+
+def warn_of_few_images(images: int, module: Audit) -> None:
     """Tell who looks at few images of a prompt how little they can say, and how many say more."""
-    floor, more = (float(finite_sample_floor(count, 2)) for count in (images, ENOUGH))
-    if images < ENOUGH:
+    name = module.attribute.label
+    classes = len(module.judge.classes(name))
+    floor, more = (float(finite_sample_floor(count, classes)) for count in (images, ENOUGH * classes))
+    if images < ENOUGH * classes:
         print(
-            f"warning: of {images} images a prompt, a perfectly fair model would score {floor:.2f} for two classes by "
-            f"chance; {ENOUGH} images bring that to {more:.2f}",
+            f"warning: of {images} images a prompt, a perfectly fair model would score {floor:.2f} of at most "
+            f"{2 / classes:.2f} for the {classes} classes of {name} by chance; {ENOUGH * classes} images bring that "
+            f"to {more:.2f}",
             file=sys.stderr,
         )
 

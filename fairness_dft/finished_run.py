@@ -9,9 +9,9 @@ from typing import Any, Literal
 import yaml
 
 from fairness_dft.cli import FairnessCLI
+from fairness_dft.results import VERSION
 
 Average = Literal["ema", "trained"]
-VERSION = 2  # of results.json
 HERE = ("accelerator=auto", "devices=1", "num_nodes=1", "strategy=auto", "logger=false")
 
 

@@ -13,12 +13,12 @@ from fairness_dft.attributes import Attribute
 from fairness_dft.callbacks import AdapterAverage
 from fairness_dft.cli import FairnessCLI, run_main, telling_what_saves_memory
 from fairness_dft.dashboard import final_metrics
-from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
+from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor, results_of_test
 from fairness_dft.plan import print_plan
 from fairness_dft.prompt_files import SPLITS, normalise
 from fairness_dft.prompts import PromptModule
 from fairness_dft.report import print_results
-from fairness_dft.results import results, surroundings, write_json
+from fairness_dft.results import surroundings, write_json
 
 SEEN = "the test figures are not of unseen prompts; a JSON file keeps the two apart (data/prompts/README.md)"
 
@@ -64,23 +64,10 @@ def main(args: ArgsType = None) -> None:
         "training_seconds": round(trained - started, 1),
         "test_seconds": round(time.monotonic() - trained, 1),
         "images_per_prompt": data.images_per_prompt,
-        "test_prompts": [prompt.text for prompt in data.prompts("test")],
         "test_prompts_trained_on": seen,
-        "other_targets": list(module.attribute.targets),
         **surroundings(),
     }
-    bias = find[BiasMonitor]
-    kept = find[QualityMonitor].values
-    content = results(
-        module.attribute.names,
-        module.target_shares(),
-        bias.summaries,
-        kept,
-        run,
-        bias.concepts,
-        bias.agreement,
-        bias.obedience,
-    )
+    content = results_of_test(module, data.prompts("test"), run)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(hyperparameters(cli.config), final_metrics(content))

@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from fairness_dft.attributes import TIMES
-from fairness_dft.report import PALETTE
+from fairness_dft.report import PALETTE, number
+from fairness_dft.results import rows_of, targets_of, without_face
 
 SHOWN = 3  # worst and best prompts that are shown in pictures
 Grid = Callable[[int], Image.Image]
@@ -26,14 +27,16 @@ class PromptRow:
         text: the prompt.
         before: frequency of each class, in percent; empty if no image shows a face.
         after: likewise, of the finetuned model; None if there is none.
-        bias: of the last model; None if no image shows a face.
+        figure: bias or distance of the last model; None if no image shows a face, or the prompt names the attribute.
+        target: share of each class that is wanted; empty if nothing is.
     """
 
     index: int
     text: str
     before: list[float]
     after: list[float] | None
-    bias: float | None
+    figure: float | None
+    target: list[float]
 
 
 def shown_judge(content: Mapping[str, Any]) -> str:
@@ -42,23 +45,25 @@ def shown_judge(content: Mapping[str, Any]) -> str:
     return "independent" if aligned in content["bias"].get("independent", {}) else "training"
 
 
-def html_report(title: str, content: Mapping[str, Any], settings: str, grid: Grid) -> str:
+def html_report(title: str, content: Mapping[str, Any], settings: str, method: Sequence[str], grid: Grid) -> str:
     """The page.
 
     Args:
         title: name of the audit.
         content: of results.json.
         settings: with which it was made, for the reader who wants to make it again.
+        method: how it was made, in sentences.
         grid: draws the picture of a prompt, by its index, as `shown_judge` sees it.
     """
     judge, name = shown_judge(content), TIMES.join(content["attributes"])
+    models = content["bias"][judge][name]
+    classes = models["original"]["classes"]
     rows = prompt_rows(content, judge, name)
-    seen = [row for row in rows if row.bias is not None]
-    classes = content["bias"][judge][name]["original"]["classes"]
-    targets = {} if content["run"].get("other_targets") else content["target"].get(name, {})
-    targets = targets if targets.keys() == set(classes) else {}
-    few = len(seen) <= 2 * SHOWN
-    pictured = seen if few else [*seen[:SHOWN], *seen[-SHOWN:]]
+    ranked = [row for row in rows if row.figure is not None]
+    few = len(ranked) <= 2 * SHOWN
+    pictured = [*ranked[:SHOWN], *ranked[-SHOWN:]]
+    if few:
+        pictured = [row for row in rows if row.before or row.after][: 2 * SHOWN]
     environment = Environment(
         loader=PackageLoader("fairness_dft", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -68,26 +73,38 @@ def html_report(title: str, content: Mapping[str, Any], settings: str, grid: Gri
         title=title,
         content=content,
         settings=settings,
+        method=method,
         judge=judge,
         attribute=name,
         classes=list(zip(classes, colours(len(classes)), strict=True)),
-        target=[share for _, share in sorted(targets.items(), key=lambda pair: classes.index(pair[0]))],
         rows=rows,
-        compared="ema" in content["bias"][judge][name],
+        biases=rows_of(content),
+        naming=models["original"]["prompts_naming"],
+        measured=any("distance" in of["original"] for seen in content["bias"].values() for of in seen.values()),
+        unequal=any(of["measure"] != "bias" for seen in content["bias"].values() for of in seen.values()),
+        figure="bias" if models["measure"] == "bias" else "distance from the target",
+        compared="ema" in models,
         pictures=[(row, data_url(grid(row.index))) for row in pictured],
         worst=0 if few else SHOWN,
     )
 
 
 def prompt_rows(content: Mapping[str, Any], judge: str, name: str) -> list[PromptRow]:
-    """Each prompt, the most biased one (by the last model) first, and those without a face last."""
+    """Each prompt, the most biased one (by the last model) first, and those without a figure last.
+
+    Where the wanted shares are unequal, the farthest from them is the first.
+    """
     models = content["bias"][judge][name]
     before, after = models["original"], models.get("ema")
+    last = after or before
+    figures = last["per_prompt"] if models["measure"] == "bias" else last["distance"]["per_prompt"]
     rows = []
     for index, text in enumerate(content["run"]["test_prompts"]):
         shares = [percent(side["counts"][index]) if side else None for side in (before, after)]
-        rows.append(PromptRow(index, text, *shares, (after or before)["per_prompt"][index]))
-    return sorted(rows, key=lambda row: -1 if row.bias is None else row.bias, reverse=True)
+        wanted = targets_of(content, text).get(name, {}) if "distance" in last else {}
+        target = [wanted[kind] for kind in last["classes"]] if wanted else []
+        rows.append(PromptRow(index, text, *shares, figures[index], target))
+    return sorted(rows, key=lambda row: -1 if row.figure is None else row.figure, reverse=True)
 
 
 def percent(counts: Sequence[int]) -> list[float]:
@@ -102,11 +119,6 @@ def colours(count: int) -> list[str]:
     return [f"hsl({360 * index // count} 60% {40 + 20 * (index % 2)}%)" for index in range(count)]
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """A figure, or a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def p_value(value: float | None) -> str:
     """A p-value, which no number of permutations shows to be 0."""
     return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
@@ -114,7 +126,8 @@ def p_value(value: float | None) -> str:
 
 def share(side: Mapping[str, Any]) -> str:
     """The share of a model's images without a face, in percent."""
-    return f"{100 * side['without_face'] / max(side['images'], 1):.1f} %"
+    found = without_face(side)
+    return "–" if found is None else f"{100 * found:.1f} %"
 
 
 def wrap(name: str) -> str:

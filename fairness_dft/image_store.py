@@ -5,7 +5,8 @@ A folder has one folder for each model (`original`, `finetuned`), in it one for 
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from fairness_dft.loading import PICTURES, one_line
 
 TEXT = "prompt.txt"  # beside the images of a prompt, its exact text
+HIDDEN = (".", "@", "__MACOSX")  # how names of what a system leaves in folders begin
 FOLDERS = {"original": "original", "ema": "finetuned"}
 
 
@@ -64,20 +66,45 @@ def directory(prompt: str) -> str:
     return f"{words}_{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[Image.Image]:
+    """A picture, of which only the head is read yet.
+
+    Raises:
+        ValueError: if it, or what is asked of it, cannot be read.
+    """
+    try:
+        with Image.open(file) as picture:
+            yield picture
+    except Exception as error:  # each format raises its own
+        raise ValueError(
+            f"the picture {str(file)!r} cannot be read: {one_line(error)}; remove or replace it"
+        ) from error
+
+
 def read(file: Path) -> Tensor:
     """A picture, uint8 with shape (3, H, W).
 
     Raises:
         ValueError: if it cannot be read.
     """
-    try:
-        with Image.open(file) as opened:
-            pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except Exception as error:  # each format raises its own
-        raise ValueError(
-            f"the picture {str(file)!r} cannot be read: {one_line(error)}; remove or replace it"
-        ) from error
+    with opened(file) as picture:
+        pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def check_sizes(prompt: str, files: Iterable[Path]) -> None:
+    """Look at the heads of a prompt's pictures.
+
+    Raises:
+        ValueError: if one cannot be read, or they are not all of one size.
+    """
+    sizes = set()
+    for file in files:
+        with opened(file) as picture:
+            sizes.add(tuple(sorted(picture.size)))  # which side is up is told elsewhere
+    if len(sizes) > 1:
+        raise ValueError(f"--images: the pictures of {prompt!r} must all have the same size")
 
 
 class ImageFolder:
@@ -94,15 +121,18 @@ class ImageFolder:
         prompts: their texts.
 
     Raises:
-        ValueError: if there are no images, two folders are of one prompt, or the two models have not the same prompts
-            with images of the same names.
+        ValueError: if there are no images, one cannot be read, those of a prompt differ in size, two folders are of one
+            prompt, or the two models have not the same prompts with images of the same names.
     """
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise ValueError(f"--images: there is no folder {str(folder)!r}")
         roots = {model: folder / name for model, name in FOLDERS.items() if (folder / name).is_dir()}
-        if "original" not in roots or any(path.is_dir() and path not in roots.values() for path in folder.iterdir()):
+        if "original" not in roots or any(
+            path.is_dir() and path not in roots.values() and not path.name.startswith(HIDDEN)
+            for path in folder.iterdir()
+        ):
             roots = {"original": folder}
         self.files = {model: picture_files(root) for model, root in roots.items()}
         self.models = list(self.files)
@@ -120,6 +150,9 @@ class ImageFolder:
                 f"but those of {odd[0]!r} differ"
             )
         self.prompts = list(self.files["original"])
+        for of in self.files.values():
+            for prompt, files in of.items():
+                check_sizes(prompt, files)
 
     def images(self, model: str, prompt: str, numbers: Tensor) -> Tensor:
         """Some images of a prompt by their numbers, with shape (n, 3, H, W), in [0, 1].
@@ -134,14 +167,15 @@ class ImageFolder:
 
 
 def picture_files(root: Path) -> dict[str, list[Path]]:
-    """The pictures of each prompt's folder, sorted.
+    """The pictures of each prompt's folder, sorted; folders that a system hides or adds (.git, @eaDir) are none.
 
     Raises:
         ValueError: if two folders are of one prompt.
     """
     found: dict[str, list[Path]] = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN)):
+        pictures = (file for file in folder.iterdir() if not file.name.startswith(HIDDEN))
+        files = sorted(file for file in pictures if file.suffix.lower() in PICTURES)
         text = folder / TEXT
         prompt = text.read_text(encoding="utf-8").strip() if text.is_file() else folder.name.replace("_", " ")
         if files and prompt in found:

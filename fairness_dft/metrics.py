@@ -204,7 +204,7 @@ class BiasSummary:
 
     def of(self, prompts: Sequence[int]) -> "BiasSummary":
         """The summary of some of the prompts, by their index."""
-        rows = list(prompts)
+        rows = torch.tensor(list(prompts), dtype=torch.int64)
         return summarize_bias(torch.tensor(self.counts)[rows], torch.tensor(self.faceless)[rows], self.classes)
 
     def as_dict(self) -> dict[str, object]:

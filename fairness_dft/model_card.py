@@ -14,6 +14,7 @@ from fairness_dft.faces import DetectedFaces
 from fairness_dft.loading import resolve
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_prefix import PromptPrefix
+from fairness_dft.report import number
 
 PAPER = "[Finetuning Text-to-Image Diffusion Models for Fairness](https://arxiv.org/abs/2311.07604) (Shen et al., 2024)"
 
@@ -34,6 +35,7 @@ def adapter_card(
     attributes = ", ".join(module.attribute.names)
     kind = "lora" if any(isinstance(part, LoRA) for part in module.adapter.parts) else "textual_inversion"
     front = ["library_name: diffusers", "pipeline_tag: text-to-image", f"tags: [fairness, {kind}]"]
+    front += ["license: other", "license_name: of-its-parts"]  # told below
     if not resolve(base).exists():
         front.append(f"base_model: {base}")
     parts = [
@@ -82,8 +84,10 @@ def figures(results: Mapping[str, Any] | None, adapter: Path, scale: float) -> s
         f"{name} " + ", ".join(f"{kind} {share:.2f}" for kind, share in results["target"][name].items())
         for name in results["attributes"]
     )
+    if own := len(results["own_targets"]):
+        target += f" ({own} of the prompts have targets of their own)"
     first = next(iter(next(iter(results["bias"].values())).values()))["original"]
-    images = round(first["images"] / max(len(results["run"]["test_prompts"]), 1))
+    images = sum(first["counts"][0]) + first["faceless"][0]
     rows = ["| attribute | classifier | before | after | 95 % interval | floor |", "|---|---|---|---|---|---|"]
     for judge, seen in results["bias"].items():
         for name, models in seen.items():
@@ -109,15 +113,11 @@ def figures(results: Mapping[str, Any] | None, adapter: Path, scale: float) -> s
     )
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """A figure, or a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def limits(results: dict | None) -> str:
     """What the figures do not say."""
     shares = [
-        f"{number(models['original'], 2)} before and {number(models['ema'], 2)} after ({name}, {judge} classifier)"
+        f"{number(models['original']['share'])} before and {number(models['ema']['share'])} after "
+        f"({name}, {judge} classifier)"
         for judge, seen in (results or {}).get("obedience", {}).items()
         for name, models in seen.items()
     ]
@@ -134,6 +134,9 @@ def licences(module: FairFinetuning) -> str:
     told = [
         f"The licence of the base model, `{getattr(module.generator, 'path', '?')}`, holds for what is made from it."
     ]
+    networks = [getattr(of, "path", None) for of in (module.judge.classifier, *module.features)]
+    if named := ", ".join(f"`{path}`" for path in networks if path):
+        told.append(f"Finetuning learned from {named}, whose own licences say what may be made with them.")
     if module.face_realism:
         told.append("Finetuning compared faces by a face-recognition network, whose licence may be non-commercial.")
     faces = module.judge.faces

@@ -9,7 +9,7 @@ References:
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,9 +205,9 @@ class FairFinetuning(LightningModule):
         keys = (prompt.text, prompt.subject, prompt.concept, None)
         return next(self.distributions[key] for key in keys if key in self.distributions)
 
-    def target_shares(self) -> dict[str, dict[str, float]]:
-        """The target distribution by class name, of each attribute and of their product."""
-        joint = self.distributions[None]
+    def target_shares(self, prompt: Prompt | None = None) -> dict[str, dict[str, float]]:
+        """The target distribution by class name, of each attribute and of their product; of a prompt, its own."""
+        joint = self.distributions[None] if prompt is None else self.target(prompt)
         tables = {self.attribute.label: joint.flatten()}
         for axis, name in enumerate(self.attribute.names):
             others = [other for other in range(joint.ndim) if other != axis]
@@ -215,6 +215,11 @@ class FairFinetuning(LightningModule):
         return {
             name: dict(zip(self.judge.classes(name), table.tolist(), strict=True)) for name, table in tables.items()
         }
+
+    def own_targets(self, prompts: Iterable[Prompt]) -> dict[str, dict[str, dict[str, float]]]:
+        """The `target_shares` of those prompts that have another target, by their texts."""
+        general = self.distributions[None]
+        return {prompt.text: self.target_shares(prompt) for prompt in prompts if self.target(prompt) is not general}
 
     def report_step(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 from typing_extensions import override
 
 from fairness_dft.attributes import TIMES, Attribute
@@ -24,6 +24,7 @@ from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
 from fairness_dft.report import GridRow, GridSide, comparison_grid
+from fairness_dft.results import Measured, results
 
 TRAINING, INDEPENDENT = "training", "independent"
 
@@ -84,9 +85,8 @@ class BiasMonitor(EvaluationCallback):
         summaries: after an evaluation, a `BiasSummary` for each (judge, attribute, model).
         agreement: after a test, for each (judge, other judge, attribute, model) the share of the images on which both
             see a face that they read alike.
-        concepts: after a test, the same for the prompts of each concept, where there are several.
         obedience: after a test, for each (judge, attribute, model) the share of the images with a face that show what
-            their prompts name, over the prompts that name the attribute.
+            their prompts name, over the prompts that name the attribute, and the number of these images.
     """
 
     def __init__(
@@ -102,13 +102,11 @@ class BiasMonitor(EvaluationCallback):
         self.others = {INDEPENDENT: independent_judge} if independent_judge else {}
         self.others |= other_judges or {}
         self.metrics: dict[Watched, FairnessMetric] = {}
-        self.prompts: dict[str, set[int]] = {}  # indices by concept
         self.summaries: dict[Watched, BiasSummary] = {}
-        self.concepts: dict[str, dict[Watched, BiasSummary]] = {}
         self.same: dict[tuple[str, str, str, str], MeanMetric] = {}
         self.agreement: dict[tuple[str, str, str, str], float] = {}
-        self.obeyed: dict[Watched, MeanMetric] = {}
-        self.obedience: dict[Watched, float] = {}
+        self.obeyed: dict[Watched, tuple[MeanMetric, SumMetric]] = {}
+        self.obedience: dict[Watched, tuple[float, int]] = {}
 
     def load(self) -> None:
         """Load the judges that training does not learn from, once."""
@@ -132,14 +130,13 @@ class BiasMonitor(EvaluationCallback):
 
     @override
     def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
-        self.metrics, self.prompts, self.same, self.obeyed = {}, {}, {}, {}
+        self.metrics, self.same, self.obeyed = {}, {}, {}
         loader = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
         self.count = getattr(loader, "prompt_count", len(loader))  # a folder's prompts may come in several batches
 
     @override
     @torch.no_grad()
     def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
-        self.prompts.setdefault(batch.prompt.concept, set()).add(batch.index)
         for model, pictures in images.items():
             verdicts = {
                 name: (judge, judge.every(pictures) if self.every_face else judge(pictures))
@@ -151,8 +148,10 @@ class BiasMonitor(EvaluationCallback):
                     metric.update(batch.index, verdict.classes(attribute), verdict.face)
             for name, (judge, verdict) in verdicts.items():
                 for attribute, shown in obeys(batch.prompt, judge, verdict).items():
-                    mean = self.obeyed.setdefault((name, attribute, model), MeanMetric(nan_strategy="ignore"))
-                    mean.to(module.device).update(shown.float())
+                    key = name, attribute, model
+                    share, faces = self.obeyed.setdefault(key, (MeanMetric(nan_strategy="ignore"), SumMetric()))
+                    share.to(module.device).update(shown.float())
+                    faces.to(module.device).update(len(shown))
             for name, other in () if self.every_face else combinations(verdicts, 2):
                 for attribute in self.read_by(verdicts[name][0], module.attribute):
                     if (same := read_alike(attribute, *verdicts[name], *verdicts[other])) is not None:
@@ -182,14 +181,9 @@ class BiasMonitor(EvaluationCallback):
     @override
     def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
         self.summaries = {key: metric.compute() for key, metric in self.metrics.items()}
-        self.concepts = {
-            concept: {key: summary.of(sorted(prompts)) for key, summary in self.summaries.items()}
-            for concept, prompts in self.prompts.items()
-            if stage == "test" and len(self.prompts) > 1
-        }
         if stage == "test":
             self.agreement = {key: float(metric.compute()) for key, metric in self.same.items()}
-            self.obedience = {key: float(metric.compute()) for key, metric in self.obeyed.items()}
+            self.obedience = {key: (float(of.compute()), int(n.compute())) for key, (of, n) in self.obeyed.items()}
         prefix = "" if stage == "validation" else "test_"
         for attribute, shares in module.target_shares().items():
             for name, share in shares.items():
@@ -360,6 +354,21 @@ def by_name(networks: Iterable[nn.Module]) -> dict[str, nn.Module]:
         place = 1 + sum(type(other) is type(network) for other in named.values())
         named[name if place == 1 else f"{name}_{place}"] = network
     return named
+
+
+def results_of_test(module: FairFinetuning, prompts: Sequence[Prompt], run: dict[str, object]) -> dict[str, Any]:
+    """What results.json says of the test that just ran.
+
+    Args:
+        module: what was tested, by a trainer with both monitors.
+        prompts: of the test, in their order.
+        run: facts of the run.
+    """
+    found = {type(callback): callback for callback in module.trainer.callbacks}
+    bias, quality = found[BiasMonitor], found[QualityMonitor]
+    measured = Measured(bias.summaries, quality.values, bias.agreement, bias.obedience)
+    own = module.own_targets(prompts)
+    return results(module.attribute.names, module.target_shares(), prompts, measured, run, own)
 
 
 class ImageGrid(EvaluationCallback):

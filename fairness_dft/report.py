@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fairness_dft.attributes import TIMES
+from fairness_dft.results import rows_of, without_face
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and grey for "no face".
 PALETTE = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
@@ -89,47 +90,48 @@ def print_results(content: dict, console: Console | None = None) -> None:
     for column in ("attribute", "judge", "before", "after", "95 % int.", "floor", "drift"):
         left = column in ("attribute", "judge")
         table.add_column(column, no_wrap=column != "attribute", justify="left" if left else "right")
-    for judge, attributes in content["bias"].items():
-        for name, models in attributes.items():
-            before, after = models["original"], models.get("ema")
-            last = after or before
-            table.add_row(
-                name.replace(TIMES, f" {TIMES} "),  # where it may be broken
-                judge,
-                *map(_with_spread, (before, after)),
-                f"{_number(last['low'])}–{_number(last['high'])}",
-                _number(last["floor"]),
-                _number(models.get("drift")),
-            )
-    console.print(table)
+    for judge, name, models in rows_of(content):
+        before, after = models["original"], models.get("ema")
+        last = after or before
+        table.add_row(
+            name.replace(TIMES, f" {TIMES} "),  # where it may be broken
+            judge,
+            *map(_with_spread, (before, after)),
+            f"{number(last['low'])}–{number(last['high'])}",
+            number(last["floor"]),
+            number(models.get("drift")),
+        )
+    if table.row_count:
+        console.print(table)
     if content["concepts"]:
         console.print(concept_table(content))
-    console.print(frequency_table(content))
+    if any(models["measure"] != "bias" for seen in content["bias"].values() for models in seen.values()):
+        console.print(distance_table(content))
+    if table.row_count:
+        console.print(frequency_table(content))
     if content["obedience"]:
         console.print(obedience_table(content))
     kept = Table(title="What was kept")
     for column in ("measure", "before", "after"):
         kept.add_column(column, justify="left" if column == "measure" else "right")
     for measure, models in content["kept"].items():
-        kept.add_row(measure, _number(models.get("original"), 3), _number(models.get("ema"), 3))
+        kept.add_row(measure, number(models.get("original"), 3), number(models.get("ema"), 3))
     faces = next(iter(next(iter(content["bias"].values())).values()))
-    without = [
-        faces[model]["without_face"] / faces[model]["images"] if model in faces else None
-        for model in ("original", "ema")
-    ]
-    kept.add_row("without a face", *(_number(share, 3) for share in without))
+    without = (without_face(faces[model]) if model in faces else None for model in ("original", "ema"))
+    kept.add_row("without a face", *(number(share, 3) for share in without))
     console.print(kept)
 
 
 def obedience_table(content: dict) -> Table:
     """Whether images show what their prompts name."""
     table = Table(title="Images that show what their prompt names")
-    for column in ("attribute", "judge", "before", "after"):
+    for column in ("attribute", "judge", "before", "after", "images"):
         left = column in ("attribute", "judge")
         table.add_column(column, justify="left" if left else "right")
     for judge, seen in content["obedience"].items():
         for name, models in seen.items():
-            table.add_row(name, judge, _number(models["original"], 3), _number(models.get("ema"), 3))
+            shares = (number(models.get(model, {}).get("share"), 3) for model in ("original", "ema"))
+            table.add_row(name, judge, *shares, str(models["original"]["images"]))
     return table
 
 
@@ -146,17 +148,32 @@ def concept_table(content: dict) -> Table:
                 if name in seen:
                     before, after = seen[name]["original"], seen[name].get("ema")
                     last = after or before
-                    interval = f"{_number(last['low'])}–{_number(last['high'])}"
+                    interval = f"{number(last['low'])}–{number(last['high'])}"
                     biases = map(_with_spread, (before, after))
                     label = name.replace(TIMES, f" {TIMES} ")
-                    table.add_row(concept, label, judge, *biases, interval, _number(last["floor"]))
+                    table.add_row(concept, label, judge, *biases, interval, number(last["floor"]))
+    return table
+
+
+def distance_table(content: dict) -> Table:
+    """How far prompts are from targets of unequal shares."""
+    table = Table(title="Distance of a prompt from its target", caption="total variation, averaged over prompts")
+    for column in ("aligned", "judge", "before", "after", "floor"):
+        table.add_column(column, justify="left" if column in ("aligned", "judge") else "right")
+    for judge, seen in content["bias"].items():
+        for name, models in seen.items():
+            if models["measure"] != "bias":
+                found = [models.get(model, {}).get("distance", {}) for model in ("original", "ema")]
+                shown = [number(side.get("total_variation_by_prompt")) for side in found]
+                floor = (found[1] or found[0])["total_variation_by_prompt_floor"]
+                table.add_row(name.replace(TIMES, f" {TIMES} "), judge, *shown, number(floor))
     return table
 
 
 def frequency_table(content: dict) -> Table:
     """How often each class of the aligned attributes was seen, beside its target."""
-    others = ", ".join(content["run"].get("other_targets", ()))
-    caption = f"targets of their own have {others}" if others else None
+    others = len(content["own_targets"])
+    caption = f"prompts with targets of their own: {others}" if others else None
     table = Table(title="Frequencies on the test prompts, each attribute by itself", caption=caption)
     for column in ("aligned", "class", "judge", "target", "before", "after"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("aligned", "class", "judge") else "right")
@@ -169,15 +186,16 @@ def frequency_table(content: dict) -> Table:
                     for side in (seen[name]["original"], seen[name].get("ema"))
                 )
                 for shown, share in content["target"][name].items():
-                    table.add_row(name, shown, judge, *map(_number, (share, before.get(shown), after.get(shown))))
+                    table.add_row(name, shown, judge, *map(number, (share, before.get(shown), after.get(shown))))
     return table
 
 
 def _with_spread(side: Mapping[str, Any] | None) -> str:
-    return f"{_number(side['bias'])}±{_number(side['spread'])}" if side else "–"
+    return f"{number(side['bias'])}±{number(side['spread'])}" if side else "–"
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure, or a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 

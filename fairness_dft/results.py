@@ -4,14 +4,19 @@ import csv
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from fairness_dft import __version__
+from fairness_dft.attributes import attributes_of
 from fairness_dft.metrics import BiasSummary, Watched, frequency_drift
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.significance import (
@@ -23,6 +28,7 @@ from fairness_dft.significance import (
     target_distance,
 )
 
+VERSION = 3
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft")
 MODELS = ("original", "ema", "trained")
 COLUMNS = (
@@ -35,124 +41,228 @@ COLUMNS = (
     "class",
     "images",
     "frequency",
+    "target",
     "bias",
+    "distance",
     "faceless",
 )
+SIGNIFICANT = 0.05  # p-value above which an improvement may be chance, and a share of it says nothing
+Shares = Mapping[str, Mapping[str, float]]  # of each attribute, by class name
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the monitors of a test saw.
+
+    Attributes:
+        summaries: by (judge, attribute, model), the training judge first.
+        kept: means by (measure, model).
+        agreement: by (judge, other judge, attribute, model), the share of images that both read alike.
+        obedience: by (judge, attribute, model), the share of images that show what their prompts name, and of how many.
+    """
+
+    summaries: Mapping[Watched, BiasSummary]
+    kept: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    agreement: Mapping[tuple[str, str, str, str], float] = field(default_factory=dict)
+    obedience: Mapping[Watched, tuple[float, int]] = field(default_factory=dict)
 
 
 def results(
     attributes: Sequence[str],
-    target: dict[str, dict[str, float]],
-    summaries: dict[Watched, BiasSummary],
-    kept: dict[tuple[str, str], float],
-    run: dict[str, object],
-    concepts: Mapping[str, dict[Watched, BiasSummary]] | None = None,
-    agreement: Mapping[tuple[str, str, str, str], float] | None = None,
-    obedience: Mapping[Watched, float] | None = None,
-) -> dict[str, object]:
+    target: Shares,
+    prompts: Sequence[Prompt],
+    measured: Measured,
+    run: Mapping[str, object],
+    own_targets: Mapping[str, Shares] | None = None,
+) -> dict[str, Any]:
     """Everything that a test measured, as JSON knows it: None for what is not known or infinite.
+
+    A prompt that names an attribute asks for one class of it: it counts in what the attribute's frequencies of that
+    prompt are, and in no mean over prompts.
 
     Args:
         attributes: what was aligned.
-        target: the target distribution by class name, of each attribute and, where there are several, of their
-            product. Where some prompts have targets of their own (`other_targets` of the run), no distance is told.
-        summaries: by (judge, attribute, model).
-        kept: means by (measure, model).
-        run: facts of the run, such as steps, seconds, prompts and versions.
-        concepts: by concept and (judge, attribute, model), for prompts of several concepts.
-        agreement: by (judge, other judge, attribute, model), the share of images that both read alike.
-        obedience: by (judge, attribute, model), the share of images that show what their prompts name.
+        target: the target's share of each class, of each attribute and, where there are several, of their product.
+        prompts: of the test, in their order.
+        measured: what was seen of them.
+        run: facts of the run, such as steps, seconds and versions.
+        own_targets: by text, of prompts that have another target.
     """
-    wanted = {} if run.get("other_targets") else target
-    alike: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
-    for (judge, other, name, model), share in (agreement or {}).items():
-        alike.setdefault(judge, {}).setdefault(other, {}).setdefault(name, {})[model] = _known(share)
-    obeyed: dict[str, dict[str, dict[str, float | None]]] = {}
-    for (judge, name, model), share in (obedience or {}).items():
-        obeyed.setdefault(judge, {}).setdefault(name, {})[model] = _known(share)
-    measures: dict[str, dict[str, float]] = {}
-    for (measure, model), value in kept.items():
-        measures.setdefault(measure, {})[model] = _known(value)
+    targets = [(own_targets or {}).get(prompt.text, target) for prompt in prompts]
+    concepts = dict.fromkeys(prompt.concept for prompt in prompts)
+    every = range(len(prompts))
+    rows = {concept: [i for i in every if prompts[i].concept == concept] for concept in concepts}
+    bias = _figures(measured.summaries, prompts, targets, every)
     return {
-        "version": 2,
+        "version": VERSION,
         "attributes": list(attributes),
         "target": target,
-        "bias": _nested(summaries, wanted),
-        "concepts": {concept: _nested(found, wanted) for concept, found in (concepts or {}).items()},
-        "agreement": alike,
-        "obedience": obeyed,
-        "only_training": only_training(summaries, tuple(target)),
-        "kept": measures,
-        "run": run,
+        "own_targets": own_targets or {},
+        "bias": bias,
+        "concepts": {
+            concept: _figures(measured.summaries, prompts, targets, rows[concept])
+            for concept in concepts
+            if len(concepts) > 1
+        },
+        "agreement": _tree({key: _known(share) for key, share in measured.agreement.items()}),
+        "obedience": _tree({key: _share(*found) for key, found in measured.obedience.items()}),
+        "only_training": only_training(bias, list(target)),
+        "kept": _tree({key: _known(value) for key, value in measured.kept.items()}),
+        "run": {**run, "test_prompts": [prompt.text for prompt in prompts]},
         "note": "Attributes are perceived, as classifiers read pictures; no figure describes a person.",
     }
 
 
-def only_training(
-    summaries: Mapping[Watched, BiasSummary], aligned: Sequence[str]
-) -> dict[str, dict[str, float | None]]:
+def only_training(bias: Mapping[str, Any], aligned: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """The share of an improvement that only the training classifier sees, which measures how far it was fooled.
 
     Args:
-        summaries: by (judge, attribute, model), the training judge first.
+        bias: of results.json, the training judge first.
         aligned: the attributes that finetuning aimed at; of others a change is chance, and a share of it says nothing.
 
     Returns:
         For each other judge and aligned attribute (d - d') / d, where d and d' are by how much the bias fell by the
-        training judge and by the other: 0 if both see the same, 1 if the other sees nothing of it; None where it did
-        not fall.
+        training judge and by the other (where targets are unequal, the distance from them): 0 if both see the same, 1
+        if the other sees nothing of it; None where it did not fall, or may have by chance.
     """
-    fell = {
-        (judge, name): before.bias - summaries[judge, name, "ema"].bias
-        for (judge, name, model), before in summaries.items()
-        if model == "original" and name in aligned and (judge, name, "ema") in summaries
-    }
-    first = next((judge for judge, _ in fell), None)
+    (_, first), *others = bias.items()
     found: dict[str, dict[str, float | None]] = {}
-    for (judge, name), other in fell.items():
-        own = fell.get((first, name), 0.0)
-        if judge != first:
-            found.setdefault(judge, {})[name] = _known((own - other) / own) if own > 0 else None
+    for judge, seen in others:
+        for name in [name for name in seen if name in aligned and "ema" in seen[name] and name in first]:
+            own, other = _fell(first[name]), _fell(seen[name])
+            p = first[name]["p_value"]
+            clear = own is not None and other is not None and own > 0 and p is not None and p < SIGNIFICANT
+            found.setdefault(judge, {})[name] = (own - other) / own if clear else None
     return found
 
 
-def _nested(
-    summaries: Mapping[Watched, BiasSummary], target: Mapping[str, Mapping[str, float]]
-) -> dict[str, dict[str, dict[str, object]]]:
-    """Summaries by judge, attribute and model, each with its gap and, if aligned, its distance from the target.
+def _fell(models: Mapping[str, Any]) -> float | None:
+    """By how much a model became fairer, by the measure that its targets ask for."""
+    before, after = (
+        side["bias"] if models["measure"] == "bias" else side["distance"]["total_variation_by_prompt"]
+        for side in (models["original"], models["ema"])
+    )
+    return None if before is None or after is None else before - after
 
-    Beside the models, each attribute has the drift of its frequencies and the p-value of the change of its bias.
+
+def _figures(
+    summaries: Mapping[Watched, BiasSummary],
+    prompts: Sequence[Prompt],
+    targets: Sequence[Shares],
+    rows: Sequence[int],
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Summaries of some prompts by judge, attribute and model.
+
+    Each has its gap and, if aligned, its distance from the target. Beside the models, each attribute has the measure
+    that its targets ask for and, of two models, the drift of its frequencies and the p-value of the change.
     """
-    bias: dict[str, dict[str, dict[str, object]]] = {}
-    for (judge, name, model), summary in summaries.items():
-        images = [sum(counts) for counts in summary.counts]
-        low, high = gap_interval(summary.counts)
-        figures = summary.as_dict() | {
-            "gap": _known(gap_without_chance(summary.counts)),
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    for (judge, name, model), whole in summaries.items():
+        used = [i for i in rows if not names_any(prompts[i], name)]
+        summary = whole if len(used) == len(whole.counts) else whole.of(used)
+        wanted = _wanted(name, summary.classes, [targets[i] for i in used])
+        counts = np.reshape(summary.counts, (len(used), len(summary.classes)))
+        low, high = gap_interval(counts)
+        found = summary.as_dict() | {
+            "above_floor": _known(summary.bias - summary.floor),
+            "gap": _known(gap_without_chance(counts)),
             "gap_low": _known(low),
             "gap_high": _known(high),
-            "gap_by_chance": _known(gap_by_chance(images, len(summary.classes))),
+            "gap_by_chance": _known(gap_by_chance(counts.sum(1), len(summary.classes))),
+            "prompts_naming": len(rows) - len(used),
         }
-        if target.get(name, {}).keys() == set(summary.classes):
-            wanted = [target[name][kind] for kind in summary.classes]
-            figures["distance"] = distances(summary.counts, wanted)
-        bias.setdefault(judge, {}).setdefault(name, {})[model] = figures
-    for judge, seen in bias.items():
-        for name, models in seen.items():
-            pair = [summaries.get((judge, name, model)) for model in ("original", "ema")]
-            if all(pair):
-                drift = frequency_drift(*(torch.tensor(summary.frequencies) for summary in pair))
-                models["drift"] = _known(drift)
-                models["p_value"] = _known(permutation_test(pair[0].counts, pair[1].counts))
-    return bias
+        found |= {"counts": [list(whole.counts[i]) for i in rows], "faceless": [whole.faceless[i] for i in rows]}
+        found["per_prompt"] = _spread(summary.per_prompt, used, rows)
+        if wanted is not None:
+            found["distance"] = distances(counts, wanted)
+            found["distance"]["per_prompt"] = _spread(found["distance"]["per_prompt"], used, rows)
+        models = figures.setdefault(judge, {}).setdefault(name, {})
+        models[model] = found
+        models["measure"] = "bias" if wanted is None or _even(wanted) else "distance"
+        if (before := summaries.get((judge, name, "original"))) and model == "ema":
+            before = before if len(used) == len(before.counts) else before.of(used)
+            drift = frequency_drift(*(torch.tensor(side.frequencies) for side in (before, summary)))
+            unequal = None if models["measure"] == "bias" else wanted
+            models["drift"] = _known(drift)
+            models["p_value"] = _known(permutation_test(np.reshape(before.counts, counts.shape), counts, unequal))
+    return figures
 
 
-def distances(counts: Sequence[Sequence[int]], target: Sequence[float]) -> dict[str, float | None]:
-    """How far the images of all prompts together, and of each prompt by itself, are from a target."""
-    by_prompt, floor = distance_by_prompt(counts, target)
-    together = target_distance([sum(column) for column in zip(*counts, strict=True)], target)
-    found = together | {"total_variation_by_prompt": by_prompt, "total_variation_by_prompt_floor": floor}
-    return {key: _known(value) for key, value in found.items()}
+def rows_of(content: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """The rows of a table of biases: judge, attribute and figures, without what every prompt names."""
+    return [
+        (judge, name, models)
+        for judge, seen in content["bias"].items()
+        for name, models in seen.items()
+        if models["original"]["prompts_naming"] < len(models["original"]["counts"])
+    ]
+
+
+def without_face(side: Mapping[str, Any]) -> float | None:
+    """The share of a model's images without a face; None of no images."""
+    images = sum(map(sum, side["counts"])) + sum(side["faceless"])
+    return sum(side["faceless"]) / images if images else None
+
+
+def names_any(prompt: Prompt, label: str) -> bool:
+    """Whether a prompt names an attribute, or one of a product's."""
+    return bool(dict(prompt.names).keys() & set(attributes_of(label)))
+
+
+def _wanted(name: str, classes: Sequence[str], targets: Sequence[Shares]) -> NDArray | None:
+    """The target of each prompt, with shape (prompts, K); None if it is not aligned, or a judge has other classes."""
+    if not targets or any(of.get(name, {}).keys() != set(classes) for of in targets):
+        return None
+    return np.array([[of[name][kind] for kind in classes] for of in targets])
+
+
+def _even(wanted: NDArray) -> bool:
+    return bool(np.allclose(wanted, 1 / wanted.shape[1]))
+
+
+def _spread(values: Sequence[float | None], used: Sequence[int], rows: Sequence[int]) -> list[float | None]:
+    """Values of the used rows, and None for the others."""
+    of = dict(zip(used, values, strict=True))
+    return [None if (value := of.get(i)) is None else _known(value) for i in rows]
+
+
+def _share(share: float, images: int) -> dict[str, float | int | None]:
+    """A share of images with its 95 % interval (Wilson's), which takes the prompts as they are."""
+    if not images:
+        return {"share": None, "low": None, "high": None, "images": 0}
+    interval = binomtest(round(share * images), images).proportion_ci(method="wilson")
+    return {"share": share, "low": float(interval.low), "high": float(interval.high), "images": images}
+
+
+def _tree(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Values by their keys' parts, one level a part."""
+    tree: dict[str, Any] = {}
+    for (*path, last), value in flat.items():
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+        branch[last] = value
+    return tree
+
+
+def distances(counts: NDArray, target: NDArray) -> dict[str, Any]:
+    """How far images are from their prompts' targets: all prompts together, and each by itself.
+
+    Together, the target is that of the prompts, each as often as it has images.
+
+    Args:
+        counts: images of each class, with shape (prompts, classes).
+        target: with the same shape.
+    """
+    by_prompt, floors = distance_by_prompt(counts, target)
+    images = counts.sum(1, keepdims=True)
+    seen = images[:, 0] > 0
+    together = target_distance(counts.sum(0), (images * target).sum(0) / max(images.sum(), 1))
+    found = together | {
+        "total_variation_by_prompt": by_prompt[seen].mean() if seen.any() else math.nan,
+        "total_variation_by_prompt_floor": floors[seen].mean() if seen.any() else math.nan,
+    }
+    return {key: _known(float(value)) for key, value in found.items()} | {"per_prompt": by_prompt.tolist()}
 
 
 def surroundings() -> dict[str, object]:
@@ -184,13 +294,24 @@ def write_csv(file: Path, content: Mapping[str, Any], prompts: Sequence[Prompt])
         for judge, attributes in content["bias"].items():
             for name, models in attributes.items():
                 for model in [model for model in MODELS if model in models]:
-                    seen = models[model]
-                    of_prompts = (seen["per_prompt"], seen["counts"], seen["faceless"])
-                    for prompt, bias, counts, faceless in zip(prompts, *of_prompts, strict=True):
-                        for kind, count in zip(seen["classes"], counts, strict=True):
-                            share = count / sum(counts) if sum(counts) else None
-                            rows.writerow([*prompt[:3], judge, name, model, kind, count, share, bias, faceless])
+                    for index, prompt in enumerate(prompts):
+                        told = class_rows(models[model], index, targets_of(content, prompt.text).get(name, {}))
+                        rows.writerows([*prompt[:3], judge, name, model, *row] for row in told)
     draft.replace(file)
+
+
+def class_rows(side: Mapping[str, Any], index: int, target: Mapping[str, float]) -> Iterator[list[Any]]:
+    """Of one prompt and model, for each class the last of `COLUMNS`."""
+    counts = side["counts"][index]
+    distance = side["distance"]["per_prompt"][index] if "distance" in side else None
+    for kind, count in zip(side["classes"], counts, strict=True):
+        share = count / sum(counts) if sum(counts) else None
+        yield [kind, count, share, target.get(kind), side["per_prompt"][index], distance, side["faceless"][index]]
+
+
+def targets_of(content: Mapping[str, Any], prompt: str) -> Shares:
+    """A prompt's target, of each aligned attribute and of their product."""
+    return content["own_targets"].get(prompt, content["target"])
 
 
 def _known(value: float) -> float | None:

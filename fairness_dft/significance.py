@@ -86,8 +86,14 @@ def gap_by_chance(images: ArrayLike, classes: int, draws: int = 4000, seed: int 
     return float(np.sqrt(np.quantile(squared_gaps(audits), 0.95).clip(0)))
 
 
-def permutation_test(before: ArrayLike, after: ArrayLike, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
-    """How often the mean bias would change as much as it did from before to after, or more, were the models the same.
+def permutation_test(
+    before: ArrayLike,
+    after: ArrayLike,
+    target: ArrayLike | None = None,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> float:
+    """How often the mean unfairness would change as much from before to after, or more, were the models the same.
 
     The null hypothesis is that before and after draw a prompt's images from one distribution: pooled, they are dealt to
     the two at random. A small value says that whom the model shows has changed, and not only by chance; a model that
@@ -97,6 +103,7 @@ def permutation_test(before: ArrayLike, after: ArrayLike, permutations: int = PE
     Args:
         before: images of each class, with shape (prompts, classes), integer.
         after: likewise, of the same prompts; prompts without an image on either side are left out.
+        target: as for `unfairness`.
         permutations: how often images are dealt anew.
         seed: of the dealing.
 
@@ -111,51 +118,61 @@ def permutation_test(before: ArrayLike, after: ArrayLike, permutations: int = PE
         raise ValueError(
             f"both tables must have one shape (prompts, classes), but got {first.shape} and {second.shape}"
         )
-    used = (first.sum(1) > 0) & (second.sum(1) > 0)
-    first, second = first[used], second[used]
-    if not len(first):
-        return float("nan")
+    wanted = [None] * len(first) if target is None else np.broadcast_to(np.asarray(target, dtype=float), first.shape)
     random = np.random.default_rng(seed)
-    change = np.zeros(permutations)
-    for one, other in zip(first, second, strict=True):
+    change, observed, used = np.zeros(permutations), 0.0, 0
+    for one, other, share in zip(first, second, wanted, strict=True):
+        if not (one.sum() and other.sum()):
+            continue
         pooled = one + other
         dealt = random.multivariate_hypergeometric(pooled, other.sum(), size=permutations, method="marginals")
-        change += bias(dealt) - bias(pooled - dealt)
-    observed = bias(second).sum() - bias(first).sum()
+        change += unfairness(dealt, share) - unfairness(pooled - dealt, share)
+        observed += unfairness(other, share) - unfairness(one, share)
+        used += 1
+    if not used:
+        return float("nan")
     extreme = np.abs(change) >= abs(observed) - 1e-9
     return float((1 + extreme.sum()) / (1 + permutations))
 
 
-def bias(counts: NDArray) -> NDArray:
-    """The bias of tables of counts, with shape (...,) for counts (..., K)."""
-    return class_bias(torch.as_tensor(counts / counts.sum(-1, keepdims=True))).numpy()
+def unfairness(counts: NDArray, target: NDArray | None = None) -> NDArray:
+    """The bias of tables of counts or, where the wanted shares are unequal, their total variation from these.
+
+    Args:
+        counts: with shape (..., K), each row with at least one image.
+        target: D, with shape (K,) or (..., K); None for the bias.
+
+    Returns:
+        In [0, 1], with shape (...,).
+    """
+    shares = counts / counts.sum(-1, keepdims=True)
+    if target is not None:
+        return np.abs(shares - target).sum(-1) / 2
+    return class_bias(torch.as_tensor(shares)).numpy()
 
 
-def distance_by_prompt(counts: ArrayLike, target: ArrayLike) -> tuple[float, float]:
-    """Total variation between a prompt's class frequencies and the target, and its floor, both averaged over prompts.
+def distance_by_prompt(counts: ArrayLike, target: ArrayLike) -> tuple[NDArray, NDArray]:
+    """Total variation between each prompt's class frequencies and its target, and its floor.
 
     The floor is the expectation for a model that meets the target exactly: of n images, class k is shown by a binomial
     number, E|Bin(n, D_k) / n - D_k| summed over classes and halved.
 
     Args:
-        counts: images of each class, with shape (prompts, classes), integer; prompts without an image are left out.
-        target: D, the probability of each class.
+        counts: images of each class, with shape (prompts, classes), integer.
+        target: D, the probability of each class, with shape (classes,), or (prompts, classes).
 
     Returns:
-        Both in [0, 1]; NaN without an image.
+        Both in [0, 1], with shape (prompts,); NaN where a prompt has no image.
     """
-    table, wanted = np.asarray(counts, dtype=float), np.asarray(target, dtype=float)
-    table = table[table.sum(1) > 0]
-    if not len(table):
-        return float("nan"), float("nan")
-    images = table.sum(1, keepdims=True)
-    distance = np.abs(table / images - wanted).sum(1) / 2
-    sizes, times = np.unique(images.astype(int), return_counts=True)
-    floors = []
-    for n in sizes:
-        shown = np.arange(n + 1)[:, None]
-        floors.append((binom.pmf(shown, n, wanted) * np.abs(shown / n - wanted)).sum() / 2)
-    return float(distance.mean()), float(np.average(floors, weights=times))
+    table = np.asarray(counts)
+    wanted = np.broadcast_to(np.asarray(target, dtype=float), table.shape)
+    found = np.full((2, len(table)), np.nan)
+    for index, (row, shares) in enumerate(zip(table, wanted, strict=True)):
+        if n := int(row.sum()):
+            shown = np.arange(n + 1)[:, None]
+            floor = (binom.pmf(shown, n, shares) * np.abs(shown / n - shares)).sum() / 2
+            found[:, index] = unfairness(row, shares), floor
+    return found[0], found[1]
 
 
 def target_distance(counts: ArrayLike, target: ArrayLike) -> dict[str, float]:

@@ -182,11 +182,13 @@ def test_validation_sees_three_models_and_test_two(run):
 
 
 def test_results_are_json(run):
-    from fairness_dft.results import results
+    from fairness_dft.results import Measured, results
 
     *_, monitors, _ = run
-    target = {"gender": {"man": 0.5, "woman": 0.5}}
-    content = results(["gender"], target, monitors[1].summaries, monitors[2].values, {"steps": 2})
+    target, measured = {"gender": {"man": 0.5, "woman": 0.5}}, Measured(monitors[1].summaries, monitors[2].values)
+    counts = next(iter(monitors[1].summaries.values())).counts
+    tested = [Prompt(f"{i}", f"{i}", "occupation") for i in range(len(counts))]
+    content = results(["gender"], target, tested, measured, {"steps": 2})
     again = json.loads(json.dumps(content, allow_nan=False))
     assert again["bias"]["independent"]["gender"]["ema"]["floor"] > 0
     assert 0 <= again["bias"]["training"]["race"]["drift"] <= 1
@@ -227,31 +229,6 @@ def test_a_lost_face_does_not_excuse_a_lost_subject(monkeypatch):
     images = {"original": torch.zeros(4, 3, 8, 8), "ema": torch.ones(4, 3, 8, 8)}
     monitor.see(module, images, next(iter(prompts().test_dataloader())))
     assert monitor.metrics["subject_kept", "ema"].compute() == 3 / 4  # of two with a face both, of all four three
-
-
-def test_concepts_are_counted_apart_and_together(monkeypatch):
-    monitor, module = BiasMonitor(attributes=()), finetuning(features=())
-    module.configure_model()
-    monkeypatch.setattr(module, "log", lambda *args, **settings: None)
-    images = {"original": torch.zeros(4, 3, 8, 8)}
-    shown = {"chef": [0, 0, 0, 0], "judge": [0, 0, 1, 0], "playing polo": [0, 1, 1, 0]}
-    for concepts in (("occupation", "occupation", "sport"), ("occupation",) * 3):
-        monitor.start(SimpleNamespace(test_dataloaders=range(3)), module, "test")
-        for index, (concept, (subject, classes)) in enumerate(zip(concepts, shown.items(), strict=True)):
-            logits = torch.nn.functional.one_hot(torch.tensor(classes), 2).float()
-            verdict = Verdict({"gender": logits}, torch.tensor([True] * 4), torch.zeros(4, 4))
-            monkeypatch.setattr(module.judge, "forward", lambda images, verdict=verdict: verdict)
-            batch = PromptBatch(prompt=Prompt(f"a {subject}", subject, concept), index=index, seeds=torch.arange(4))
-            monitor.see(module, images, batch)
-        monitor.finish(None, module, "test")
-        key = "training", "gender", "original"
-        assert monitor.summaries[key].bias == pytest.approx((1 + 0.5 + 0) / 3)
-        if len(set(concepts)) == 1:
-            assert monitor.concepts == {}
-        else:
-            found = {concept: summaries[key] for concept, summaries in monitor.concepts.items()}
-            assert {concept: summary.bias for concept, summary in found.items()} == {"occupation": 0.75, "sport": 0}
-            assert {concept: summary.prompts for concept, summary in found.items()} == {"occupation": 2, "sport": 1}
 
 
 def test_judges_that_read_alike_are_counted_by_the_names_of_classes(monkeypatch):
@@ -333,12 +310,12 @@ def test_obedience_is_the_share_of_faces_that_show_what_is_named(monkeypatch):
         monitor.see(
             module, images, PromptBatch(prompt=Prompt("a", "a", "named", names), index=index, seeds=torch.arange(4))
         )
-    found = {key: float(metric.compute()) for key, metric in monitor.obeyed.items()}
+    found = {key: (float(share.compute()), int(images.compute())) for key, (share, images) in monitor.obeyed.items()}
     assert found == {
-        ("training", "gender", "original"): pytest.approx((2 + 1) / 6),
-        ("training", "gender", "ema"): pytest.approx((2 + 2) / 8),
-        ("training", "age", "original"): pytest.approx(1 / 3),
-        ("training", "age", "ema"): pytest.approx(3 / 4),
+        ("training", "gender", "original"): (pytest.approx((2 + 1) / 6), 6),
+        ("training", "gender", "ema"): (pytest.approx((2 + 2) / 8), 8),
+        ("training", "age", "original"): (pytest.approx(1 / 3), 3),
+        ("training", "age", "ema"): (pytest.approx(3 / 4), 4),
     }
     unknown = PromptBatch(prompt=Prompt("a lady", "a", "named", (("gender", "lady"),)), index=0, seeds=torch.arange(4))
     with pytest.raises(ValueError, match="names gender 'lady', but a classifier knows only man, woman"):

@@ -153,7 +153,8 @@ def test_other_prompts_without_an_adapter(tmp_path: Path, capsys: pytest.Capture
     printed = capsys.readouterr()
     gender = next(line for line in printed.out.splitlines() if "gender" in line and "training" in line)
     assert gender.split("│")[4].strip() == "–"  # there is no model after
-    assert "warning: of 2 images a prompt, a perfectly fair model would score 0.50" in printed.err
+    assert "warning: of 2 images a prompt, a perfectly fair model would score 0.50 of at most 1.00" in printed.err
+    assert "for the 2 classes of gender by chance; 48 images bring that to 0.11" in printed.err
 
 
 def test_a_finished_audit_is_not_overwritten_where_the_prompts_of_its_file_changed(
@@ -204,7 +205,15 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     several.mkdir()
     for name in ("a", "b"):
         save_file(state, several / f"{name}.safetensors")
+    (tmp_path / "faceless" / "nobody").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (64, 64), (90 * i, 90, 90)).save(tmp_path / "faceless" / "nobody" / f"{i}.png")
+    shutil.copytree(tmp_path / "faceless", tmp_path / "lonely")
+    for i in range(2):
+        (tmp_path / "lonely" / "nobody" / f"{i}.png").unlink()
     for more, said in (
+        ([f"--images={tmp_path / 'faceless'}", "--name=faceless_audit"], "no image shows a face, as the detectors"),
+        ([f"--images={tmp_path / 'lonely'}"], "1 image a prompt cannot show a bias: give at least 2"),
         (["--adapter=nowhere"], "'nowhere' is no safetensors file, nor a folder with any"),
         ([f"--adapter={tmp_path / 'text.safetensors'}"], "could not be read"),
         ([f"--adapter={other}", "--name=fit"], "does not fit the model"),
@@ -226,6 +235,8 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     ):
         assert said in refused(capsys, [*FEW, *place, *more]), said
     assert not (tmp_path / "fit" / "audit.json").exists()  # the name is free for the right adapter
+    assert not (tmp_path / "sizes_audit").exists() or not list((tmp_path / "sizes_audit").glob("*.json"))
+    assert not (tmp_path / "faceless_audit" / "results.json").exists()
 
 
 def test_what_is_not_finished_may_be_judged_otherwise(run: Path, audit: Path, tmp_path: Path) -> None:
@@ -264,6 +275,32 @@ def test_several_concepts_and_joint_attributes(tmp_path: Path) -> None:
     assert "By concept" in report and "gender × race" in report and "woman, dark" in report
 
 
+def test_images_of_prompts_that_name_attributes_tell_obedience(audit: Path, tmp_path: Path) -> None:
+    content = json.loads((audit / "results.json").read_text())
+    first, second = content["run"]["test_prompts"]
+    named = {"concept": "named", "test": [{"subject": "x", "text": first.upper(), "names": {"gender": "woman"}}]}
+    (tmp_path / "named.json").write_text(json.dumps(named))
+    images = tmp_path / "images"
+    shutil.copytree(audit / "images" / "original", images)
+    for hidden in (".cache", "@eaDir"):
+        (images / hidden).mkdir()
+        (images / hidden / "thumbnail.png").write_bytes(b"no picture")
+    arguments = [QUICKSTART, f"--output={tmp_path}", "--name=named", f"--images={images}"]
+    main([*arguments, f"--data.init_args.file={tmp_path / 'named.json'}"])
+    found = json.loads((tmp_path / "named" / "results.json").read_text())
+    order = found["run"]["test_prompts"].index(first.upper())
+    assert sorted(found["run"]["test_prompts"]) == sorted([first.upper(), second])
+    assert found["concepts"].keys() == {"named", "images"}
+    gender = found["bias"]["training"]["gender"]["original"]
+    of = dict(zip(gender["classes"], gender["counts"][order], strict=True))
+    obeyed = found["obedience"]["training"]["gender"]["original"]
+    assert obeyed["images"] == sum(of.values()) and obeyed["share"] == pytest.approx(of["woman"] / sum(of.values()))
+    assert gender["prompts_naming"] == 1 and gender["per_prompt"][order] is None
+    assert gender["bias"] == gender["per_prompt"][1 - order]
+    report = (tmp_path / "named" / "report.html").read_text(encoding="utf-8")
+    assert "Are named attributes obeyed?" in report and "were made by others" in report
+
+
 @pytest.mark.slow
 def test_two_processes_see_what_one_sees(run: Path, audit: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fairness_dft.evaluate", *FEW, f"--output={tmp_path}", "--name=mine"]
@@ -272,3 +309,7 @@ def test_two_processes_see_what_one_sees(run: Path, audit: Path, tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert counts(tmp_path / "mine") == counts(audit)
+    kept = [json.loads((folder / "results.json").read_text())["kept"] for folder in (tmp_path / "mine", audit)]
+    assert {"clip_t", "clip_i", "fid_clip", "kid_clip"} <= kept[0].keys() == kept[1].keys()
+    for measure, models in kept[0].items():
+        assert models == pytest.approx(kept[1][measure], rel=1e-3, abs=1e-6)

@@ -184,7 +184,7 @@ def test_a_card_says_whose_figures_it_shows(run: tuple[str, Path], tmp_path: Pat
     main([f"--run={copied}", f"--output={tmp_path / 'untested'}"])
     assert "The run was not tested" in (tmp_path / "untested" / "README.md").read_text(encoding="utf-8")
     (copied / "results.json").write_text('{"version": 1}')
-    with pytest.raises(ValueError, match="is of version 1, but must be of 2"):
+    with pytest.raises(ValueError, match="is of version 1, but must be of 3"):
         main([f"--run={copied}", f"--output={tmp_path / 'old'}"])
     assert not (tmp_path / "old").exists()
 
@@ -206,7 +206,7 @@ def test_a_card_tells_whether_prompts_were_obeyed() -> None:
     from fairness_dft.model_card import limits
 
     assert "still be obeyed; this was not measured here." in limits(None) and limits({"obedience": {}}) == limits(None)
-    seen = {"independent": {"age": {"original": 0.91, "ema": 0.88}}}
+    seen = {"independent": {"age": {"original": {"share": 0.91}, "ema": {"share": 0.88}}}}
     told = limits({"obedience": seen})
     assert (
         "obeyed; it was in a share of the pictures of 0.91 before and 0.88 after (age, independent classifier)." in told

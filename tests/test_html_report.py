@@ -12,7 +12,8 @@ from PIL import Image
 
 from fairness_dft.html_report import SHOWN, colours, html_report, shown_judge, write_html
 from fairness_dft.metrics import summarize_bias
-from fairness_dft.results import results
+from fairness_dft.prompt_files import Prompt
+from fairness_dft.results import Measured, results
 
 PROMPTS = ["a chef", "a <script>alert(1)</script> & co", "nobody", "a judge", "a pilot", "a nurse", "a baker", "a poet"]
 BEFORE = [[9, 1], [2, 8], [0, 0], [6, 4], [10, 0], [1, 9], [7, 3], [8, 2]]
@@ -22,20 +23,29 @@ BROWSER = next(
 )
 
 
-def content(after: list[list[int]] | None = AFTER) -> dict:
-    """By a training judge and an independent one, whose classes are in another order."""
+def content(
+    after: list[list[int]] | None = AFTER,
+    wanted: float = 0.25,
+    naming: tuple[int, ...] = (),
+    independent: tuple[str, ...] = ("woman", "man"),
+) -> dict:
+    """By a training judge and an independent one, whose classes are in another order; some prompts name gender."""
+    names = [(("gender", "man"),) if index in naming else () for index in range(8)]
+    concepts = ["person"] * 4 + ["work"] * 4
+    prompts = [Prompt(*of) for of in zip(PROMPTS, PROMPTS, concepts, names, strict=True)]
     faceless = torch.tensor([0, 0, 10, 0, 0, 0, 0, 0])
     summaries = {}
-    for judge, classes in (("training", ("man", "woman")), ("independent", ("woman", "man"))):
+    for judge, classes in (("training", ("man", "woman")), ("independent", independent)):
         for model, counts in (("original", BEFORE), ("ema", after)):
             if counts is not None:
                 table = torch.tensor(counts)
                 table = table if judge == "training" else table.flip(1)
                 summaries[judge, "gender", model] = summarize_bias(table, faceless, classes)
+    obedience = {("training", "age", model): (share, 40) for model, share in (("original", 0.9), ("ema", 0.8))}
     kept = {("clip_t", "original"): 0.31, ("clip_t", "ema"): 0.3} if after else {("clip_t", "original"): 0.31}
-    target = {"gender": {"man": 0.25, "woman": 0.75}}
     agreement = {("training", "independent", "gender", model): 0.9 for model in ("original", "ema")}
-    return results(["gender"], target, summaries, kept, {"test_prompts": PROMPTS}, {}, agreement)
+    measured = Measured(summaries, kept, agreement, obedience if after else {})
+    return results(["gender"], {"gender": {"man": wanted, "woman": 1 - wanted}}, prompts, measured, {})
 
 
 class Page(HTMLParser):
@@ -61,22 +71,29 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("td", "th"):
+        if {"td", "th"} & set(self.open):
             self.cells[-1][-1] += data
 
 
-def page(after: list[list[int]] | None = AFTER) -> str:
+METHOD = ["Drawn by hand.", "The classifier “training” is <mine>."]
+
+
+def page(after: list[list[int]] | None = AFTER, wanted: float = 0.25) -> str:
     drawn = []
 
     def grid(index: int) -> Image.Image:
         drawn.append(index)
         return Image.new("RGB", (40, 20))
 
-    found = html_report("mine", content(after), "seed: 0\nname: </pre>", grid)
-    bias = [abs(a - b) / max(a + b, 1) for a, b in after or BEFORE]
-    order = sorted((i for i in range(8) if i != 2), key=lambda i: -bias[i])
+    found = html_report("mine", content(after, wanted), "seed: 0\nname: </pre>", METHOD, grid)
+    far = [abs(a - b) / max(a + b, 1) if wanted == 0.5 else abs(a / max(a + b, 1) - wanted) for a, b in after or BEFORE]
+    order = sorted((i for i in range(8) if i != 2), key=lambda i: -far[i])
     assert drawn == [*order[:SHOWN], *order[-SHOWN:]]
     return found
+
+
+def blank(index: int) -> Image.Image:
+    return Image.new("RGB", (4, 4))
 
 
 @pytest.mark.parametrize("after", [AFTER, None])
@@ -94,24 +111,49 @@ def test_tables_hold_the_figures() -> None:
     for judge in ("training", "independent"):
         models = found["bias"][judge]["gender"]
         before, after = models["original"], models["ema"]
-        sides = [f"{side['bias']:.2f} ± {side['spread']:.2f}" for side in (before, after)]
-        gap = f"{before['gap']:.2f} → {after['gap']:.2f} ({after['gap_low']:.2f} – {after['gap_high']:.2f})"
+        sides = [
+            "{bias:.2f} ± {spread:.2f}{low:.2f} – {high:.2f}; floor {floor:.2f}".format(**side)
+            for side in (before, after)
+        ]
+        above = f"{before['above_floor']:.2f} → {after['above_floor']:.2f}"
+        gap = f"{before['gap']:.2f} → {after['gap']:.2f}{after['gap_low']:.2f} – {after['gap_high']:.2f}"
+        gap += f"; fair < {after['gap_by_chance']:.2f}"
         assert [
-            "gender", judge, *sides, f"{after['low']:.2f} – {after['high']:.2f}", f"{after['floor']:.2f}",
-            gap, f"< {after['gap_by_chance']:.2f}", f"{models['p_value']:.3f}",
+            "gender", judge, *sides, above, gap, f"{models['p_value']:.3f}",
             f"{models['drift']:.2f}", "12.5 % → 12.5 %",
         ] in rows  # fmt: skip
+        of = [before["distance"], after["distance"]]
+        keys = ("total_variation_by_prompt", "total_variation", "kullback_leibler")
+        each, whole, divergence = (" → ".join(f"{side[key]:.2f}" for side in of) for key in keys)
+        floor = f"{of[1]['total_variation_by_prompt_floor']:.2f}"
+        assert ["gender", judge, "man 0.25; woman 0.75", each, floor, whole, divergence] in rows
+        for concept in ("person", "work"):
+            assert [row for row in rows if row[:3] == [concept, "gender", judge]]
     assert ["clip_t", "0.310", "0.300"] in rows
-    assert ["training, independent", "gender", "0.900", "0.900", "0.00"] in rows
+    assert ["clip_t", "0.310", "0.300"] in rows
+    share = found["only_training"]["independent"]["gender"]
+    assert ["training, independent", "gender", "0.900", "0.900", "–" if share is None else f"{share:.2f}"] in rows
     assert ["clip_t", "0.310"] in Page(page(None)).cells
+    (row,) = [row for row in rows if row[:2] == ["age", "training"] and row[-1] == "40"]
+    assert row[2].startswith("0.9000.769 – 0.960") and row[3].startswith("0.800")
+    assert "obeyed" not in page(None)
+    assert "is &lt;mine&gt;." in page() and "Drawn by hand." in page()
 
 
-def test_obedience_is_told_where_prompts_name_attributes() -> None:
-    assert "obeyed" not in page()
-    found = content() | {"obedience": {"training": {"age": {"original": 0.9, "ema": 0.8}}}}
-    assert ["age", "training", "0.900", "0.800"] in Page(
-        html_report("mine", found, "", lambda index: Image.new("RGB", (4, 4)))
-    ).cells
+def test_prompts_are_ordered_by_what_their_target_asks_for() -> None:
+    assert "the distance from the target after, the largest first" in page(wanted=0.25)
+    assert "the bias after, the largest first" in page(wanted=0.5)
+
+
+def test_prompts_that_name_what_is_aligned_have_bars_and_no_figure() -> None:
+    shown = html_report("mine", content(naming=(0, 1)), "", METHOD, blank)
+    assert "2 of 8 prompts name an attribute of gender themselves" in shown
+    last = shown.split('<div class="prompt')[-3:]  # the nameless one, and two without a figure
+    assert all('<span class="figure">–</span>' in row for row in last)
+    assert "before: woman 10 %, man 90 %" in "".join(last)
+    every = html_report("mine", content(naming=tuple(range(8))), "", METHOD, blank)
+    assert "Every prompt names these attributes itself" in every and "above floor" not in every.split("By concept")[0]
+    assert "<h2>Pictures</h2>" in every
 
 
 def test_bars_are_the_frequencies_and_lines_the_target() -> None:
@@ -134,10 +176,8 @@ def test_bars_are_the_frequencies_and_lines_the_target() -> None:
 
 
 def test_a_judge_with_other_classes_has_no_target_lines() -> None:
-    found = content()
-    for model in ("original", "ema"):
-        found["bias"]["independent"]["gender"][model]["classes"] = ["Female", "Male"]
-    assert "<u style" not in html_report("mine", found, "", lambda index: Image.new("RGB", (4, 4)))
+    found = content(independent=("Female", "Male"))
+    assert "<u style" not in html_report("mine", found, "", METHOD, blank)
 
 
 def test_the_verdict_shown_is_the_independent_one_where_it_reads_what_is_aligned() -> None:
@@ -155,8 +195,9 @@ def test_classes_have_colours_of_their_own() -> None:
 
 def test_one_prompt_is_neither_the_most_nor_the_least_biased() -> None:
     summary = summarize_bias(torch.tensor([[4, 0]]), torch.tensor([0]), ("man", "woman"))
-    one = results(["gender"], {}, {("training", "gender", "original"): summary}, {}, {"test_prompts": ["a chef"]})
-    shown = html_report("mine", one, "", lambda index: Image.new("RGB", (4, 4)))
+    measured = Measured({("training", "gender", "original"): summary})
+    one = results(["gender"], {}, [Prompt("a chef", "chef", "work")], measured, {})
+    shown = html_report("mine", one, "", [], blank)
     assert (
         "among the" not in shown
         and "1 prompt." in shown
@@ -164,27 +205,37 @@ def test_one_prompt_is_neither_the_most_nor_the_least_biased() -> None:
     )
 
 
+LOOKS = {"wide": (1280, []), "phone": (390, []), "dark": (1280, ["--blink-settings=preferredColorScheme=0"])}
+
+
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_browser_shows_it_without_complaint(width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("look", LOOKS)
+def test_browser_shows_all_of_it_without_complaint(look: str, tmp_path: Path) -> None:
+    width, more = LOOKS[look]
     write_html(tmp_path / "report.html", page())
-    command = [
-        BROWSER,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path}",
-    ]
-    command += [
-        f"--window-size={width},1500",
-        f"--screenshot={tmp_path / 'page.png'}",
-        f"file://{tmp_path / 'report.html'}",
-    ]
+    browse(tmp_path, *more, f"--window-size={width},6000", f"--screenshot={tmp_path / 'page.png'}")
+    with Image.open(tmp_path / "page.png") as opened:
+        picture = opened.convert("RGB")
+    assert picture.width == width
+    edge = picture.crop((width - 8, 0, width, picture.height))
+    assert len(edge.getcolors(1 << 24)) == 1  # nothing reaches beyond the page's margin
+    assert (sum(picture.getpixel((0, 0))) < 150) == (look == "dark")
+    end = picture.crop((0, 5900, width, 6000))
+    assert len(end.getcolors(1 << 24)) == 1  # the page ended before, and all of it was seen
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_browser_prints_what_is_folded_too(tmp_path: Path) -> None:
+    pages = {}
+    for name, settings in (("short", "seed: 0"), ("long", "seed: 0\n" * 500)):
+        write_html(tmp_path / "report.html", html_report("mine", content(), settings, METHOD, blank))
+        browse(tmp_path, f"--print-to-pdf={tmp_path / f'{name}.pdf'}")
+        pages[name] = len(re.findall(rb"/Type /Page\b", (tmp_path / f"{name}.pdf").read_bytes()))
+    assert pages["short"] >= 2 and pages["long"] > pages["short"] + 5
+
+
+def browse(folder: Path, *arguments: str) -> None:
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={folder}", *arguments, f"file://{folder / 'report.html'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
-    with Image.open(tmp_path / "page.png") as picture:
-        assert picture.width == width
-        edge = picture.convert("RGB").crop((width - 8, 0, width, picture.height))
-        assert len(edge.getcolors(1 << 24)) == 1  # nothing reaches beyond the page's margin

@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 from rich.console import Console
+from scipy.stats import norm
 from torch import Tensor
 
 from fairness_dft import __version__
 from fairness_dft.metrics import summarize_bias
+from fairness_dft.prompt_files import Prompt
 from fairness_dft.report import (
     BAR,
     GAP,
@@ -26,9 +28,10 @@ from fairness_dft.report import (
     comparison_grid,
     print_results,
 )
-from fairness_dft.results import results, surroundings, write_json
+from fairness_dft.results import VERSION, Measured, results, surroundings, write_json
 from fairness_dft.significance import permutation_test
 
+PROMPTS = [Prompt(f"a {subject}", subject, "occupation") for subject in ("chef", "judge", "pilot", "nurse")]
 GREYS = (40, 90, 140, 190, 240)
 CLASSES = ("man", "woman")
 
@@ -113,7 +116,7 @@ def summaries(counts: list[list[int]], changed: list[list[int]]) -> dict:
     """By two judges for two attributes, before and after."""
     sides = {"original": counts, "ema": changed}
     return {
-        (judge, attribute, model): summarize_bias(torch.tensor(side), torch.tensor([1, 0]), CLASSES)
+        (judge, attribute, model): summarize_bias(torch.tensor(side), torch.eye(1, len(side), dtype=int)[0], CLASSES)
         for judge in ("training", "independent")
         for attribute in ("gender", "age")
         for model, side in sides.items()
@@ -123,7 +126,9 @@ def summaries(counts: list[list[int]], changed: list[list[int]]) -> dict:
 def content(counts: list[list[int]], changed: list[list[int]], kept: float = 0.9) -> dict:
     measured = {("clip_t", "original"): 0.31, ("clip_t", "ema"): 0.3, ("dino", "ema"): kept}
     target = {"gender": {"man": 0.25, "woman": 0.75}}
-    return results(["gender"], target, summaries(counts, changed), measured, {"steps": 3})
+    return results(
+        ["gender"], target, PROMPTS[: len(counts)], Measured(summaries(counts, changed), measured), {"steps": 3}
+    )
 
 
 def strictly(text: str) -> dict:
@@ -146,11 +151,15 @@ def test_results_survive_the_way_to_the_file_and_back(tmp_path: Path) -> None:
             assert models["drift"] == pytest.approx(15 / 19 - 9 / 19)
             assert models["original"]["without_face"] == 1
             assert models["ema"]["gap"] == pytest.approx(0) and models["original"]["gap"] > 0.5
-            assert models["p_value"] == permutation_test([[9, 0], [6, 4]], [[4, 5], [5, 5]])
+            target = None if attribute == "age" else [0.25, 0.75]  # where shares are unequal, the distance is tested
+            assert models["p_value"] == permutation_test([[9, 0], [6, 4]], [[4, 5], [5, 5]], target)
+            assert models["measure"] == ("bias" if attribute == "age" else "distance")
+            assert models["original"]["above_floor"] == models["original"]["bias"] - models["original"]["floor"]
             distance = models["ema"].get("distance", {}).get("total_variation")
             assert distance == (pytest.approx(9 / 19 - 0.25) if attribute == "gender" else None)
     assert found["kept"] == {"clip_t": {"original": 0.31, "ema": 0.3}, "dino": {"ema": 0.9}}
-    assert found["attributes"] == ["gender"] and found["run"] == {"steps": 3} and found["version"] == 2
+    assert found["attributes"] == ["gender"] and found["version"] == VERSION
+    assert found["run"] == {"steps": 3, "test_prompts": ["a chef", "a judge"]}
 
 
 def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch) -> None:
@@ -161,41 +170,6 @@ def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch) -> None
 
     monkeypatch.setattr("fairness_dft.results.version", version)
     assert surroundings()["versions"]["fairness_dft"] == __version__
-
-
-def test_what_only_the_training_classifier_sees() -> None:
-    sides = {"original": [[10, 0], [0, 10]], "ema": [[5, 5], [5, 5]]}
-    fooled = {"original": [[10, 0], [0, 10]], "ema": [[9, 1], [2, 8]]}
-    none = torch.tensor([0, 0])
-    summaries = {
-        (judge, "gender", model): summarize_bias(torch.tensor(counts), none, CLASSES)
-        for judge, of in (("training", sides), ("independent", fooled), ("same", sides))
-        for model, counts in of.items()
-    }
-    agreement = {("training", "independent", "gender", "ema"): 0.7}
-    target = {"gender": {"man": 0.5, "woman": 0.5}}
-    found = results(["gender"], target, summaries, {}, {}, agreement=agreement)
-    assert found["agreement"] == {"training": {"independent": {"gender": {"ema": 0.7}}}}
-    assert results(["age"], {"age": {}}, summaries, {}, {})["only_training"] == {}  # gender was not aligned
-    assert found["only_training"] == {"independent": {"gender": pytest.approx(0.7)}, "same": {"gender": 0}}
-    worse = {key: summary for key, summary in summaries.items() if key[0] != "training"}
-    worse |= {
-        ("training", "gender", model): summarize_bias(torch.tensor([[5, 5]]), none[:1], CLASSES) for model in sides
-    }
-    first = {key: worse[key] for key in sorted(worse, key=lambda key: key[0] != "training")}
-    assert results(["gender"], target, first, {}, {})["only_training"]["independent"] == {"gender": None}
-    alone = {key: summary for key, summary in summaries.items() if key[2] == "original"}
-    assert results(["gender"], target, alone, {}, {})["only_training"] == {}
-
-
-def test_distances_are_left_out_where_prompts_have_targets_of_their_own() -> None:
-    target = {"gender": {"man": 0.5, "woman": 0.5}}
-    measured = summaries([[9, 0], [0, 9]], [[4, 5], [5, 5]])
-    found = results(["gender"], target, measured, {}, {})["bias"]["training"]["gender"]["original"]
-    assert found["distance"]["total_variation"] == 0  # all prompts together are even
-    assert found["distance"]["total_variation_by_prompt"] == 0.5
-    own = results(["gender"], target, measured, {}, {"other_targets": ["chef"]})
-    assert "distance" not in own["bias"]["training"]["gender"]["original"]
 
 
 def test_pictures_are_wide_enough_for_their_words() -> None:
@@ -214,10 +188,10 @@ def test_one_model_alone_is_not_called_before() -> None:
 
 
 def test_concepts_have_their_own_figures(tmp_path: Path) -> None:
-    apart = {"occupation": ([[9, 0], [6, 4]], [[4, 5], [5, 5]]), "sport": ([[0, 8], [8, 0]], [[4, 4], [4, 4]])}
-    concepts = {concept: summaries(*sides) for concept, sides in apart.items()}
+    before, after = [[9, 0], [6, 4], [0, 8], [8, 0]], [[4, 5], [5, 5], [4, 4], [4, 4]]
     target = {"gender": {"man": 0.5, "woman": 0.5}}
-    found = results(["gender"], target, summaries([[5, 4], [5, 5]], [[5, 4], [5, 5]]), {}, {}, concepts)
+    sports = [prompt._replace(concept="sport") for prompt in PROMPTS[2:]]
+    found = results(["gender"], target, [*PROMPTS[:2], *sports], Measured(summaries(before, after)), {})
     file = tmp_path / "results.json"
     write_json(file, found)
     assert strictly(file.read_text(encoding="utf-8")) == found
@@ -237,16 +211,27 @@ def test_concepts_have_their_own_figures(tmp_path: Path) -> None:
 
 
 def test_obedience_is_a_table_of_its_own() -> None:
-    obeyed = {("training", "age", "original"): 0.9, ("training", "age", "ema"): 0.8, ("x", "age", "ema"): math.nan}
-    obeyed |= {("x", "age", "original"): 1.0}
-    found = results(
-        ["gender"], {"gender": {"man": 0.5, "woman": 0.5}}, summaries([[9, 0]], [[4, 5]]), {}, {}, obedience=obeyed
-    )
-    expected = {"training": {"age": {"original": 0.9, "ema": 0.8}}, "x": {"age": {"ema": None, "original": 1.0}}}
-    assert found["obedience"] == expected
+    obeyed = {("training", "age", "original"): (0.9, 40), ("training", "age", "ema"): (0.8, 40)}
+    obeyed |= {("x", "age", "original"): (1.0, 5), ("x", "age", "ema"): (math.nan, 0)}
+    measured = Measured(summaries([[9, 0], [0, 9]], [[4, 5], [5, 4]]), obedience=obeyed)
+    found = results(["gender"], {"gender": {"man": 0.5, "woman": 0.5}}, PROMPTS[:2], measured, {})
+    for judge, model, shown, of in (
+        ("training", "original", 36, 40),
+        ("training", "ema", 32, 40),
+        ("x", "original", 5, 5),
+    ):
+        side, z = found["obedience"][judge]["age"][model], norm.ppf(0.975)
+        middle, half = (
+            (shown + z**2 / 2) / (of + z**2),
+            z / (of + z**2) * math.sqrt(shown * (of - shown) / of + z**2 / 4),
+        )
+        assert side == {
+            "share": shown / of, "low": pytest.approx(middle - half), "high": pytest.approx(middle + half), "images": of
+        }  # fmt: skip
+    assert found["obedience"]["x"]["age"]["ema"] == {"share": None, "low": None, "high": None, "images": 0}
     lines = printed(found).split("show what their prompt names")[1].split("What was kept")[0].splitlines()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
-    assert rows == [["age", "training", "0.900", "0.800"], ["age", "x", "1.000", "–"]]
+    assert rows == [["age", "training", "0.900", "0.800", "40"], ["age", "x", "1.000", "–", "5"]]
     assert "show what their prompt names" not in printed(content([[9, 0], [6, 4]], [[4, 5], [5, 5]]))
 
 
@@ -269,7 +254,7 @@ def test_what_is_not_known_is_null(tmp_path: Path) -> None:
 
 def test_without_a_model_to_compare_there_is_no_drift() -> None:
     only = {key: summary for key, summary in summaries([[1, 2], [2, 1]], [[1, 1], [1, 1]]).items() if key[2] == "ema"}
-    assert "drift" not in results(["gender"], {}, only, {}, {})["bias"]["training"]["gender"]
+    assert "drift" not in results(["gender"], {}, PROMPTS[:2], Measured(only), {})["bias"]["training"]["gender"]
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +317,8 @@ def test_the_tables_fit_a_terminal_of_eighty_columns() -> None:
         for model in ("original", "ema")
     }
     target = {name: {"man": 0.5, "woman": 0.5} for name in names}
-    found = results(["gender", "race", "age"], target, measured, {("clip_t", "ema"): 0.3}, {"steps": 3})
+    measured = Measured(measured, {("clip_t", "ema"): 0.3})
+    found = results(["gender", "race", "age"], target, PROMPTS[:2], measured, {"steps": 3})
     stream = io.StringIO()
     print_results(found, Console(file=stream, width=80))
     assert "…" not in stream.getvalue() and "drift" in stream.getvalue()

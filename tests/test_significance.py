@@ -8,7 +8,6 @@ import pytest
 from scipy.stats import entropy, hypergeom, multinomial, sem, t
 
 from fairness_dft.significance import (
-    bias,
     distance_by_prompt,
     gap_by_chance,
     gap_interval,
@@ -16,6 +15,7 @@ from fairness_dft.significance import (
     permutation_test,
     squared_gaps,
     target_distance,
+    unfairness,
 )
 
 
@@ -74,7 +74,9 @@ def test_a_turned_model_is_another_one() -> None:
     """Its bias is the same, but the models are not: the null hypothesis is about them."""
     random = np.random.default_rng(2)
     turned = [
-        permutation_test(random.multinomial(48, [0.7, 0.3], 10), random.multinomial(48, [0.3, 0.7], 10), 200, seed)
+        permutation_test(
+            random.multinomial(48, [0.7, 0.3], 10), random.multinomial(48, [0.3, 0.7], 10), None, 200, seed
+        )
         for seed in range(60)
     ]
     assert np.mean(np.array(turned) <= 0.05) > 0.1
@@ -87,13 +89,13 @@ def test_permutation_test_is_the_hypergeometric_law() -> None:
     changes = {k: abs(2 * k / 10 - 1) - abs(2 * (13 - k) / 10 - 1) for k in range(3, 11)}
     observed = abs(0.4 - 0.6) - abs(0.9 - 0.1)
     exact = sum(law.pmf(k) for k, change in changes.items() if abs(change) >= abs(observed) - 1e-9)
-    assert permutation_test([before], [after], 20_000) == pytest.approx(exact, abs=0.01)
+    assert permutation_test([before], [after], permutations=20_000) == pytest.approx(exact, abs=0.01)
 
 
 def test_permutation_test_over_prompts_by_brute_force() -> None:
     """All ways to deal the images of two prompts."""
     before, after = [[3, 0], [2, 1]], [[1, 2], [1, 2]]
-    observed = bias(np.array(after)).sum() - bias(np.array(before)).sum()
+    observed = unfairness(np.array(after)).sum() - unfairness(np.array(before)).sum()
     total = extreme = 0
     ways = [
         [(k, comb(4, k) * comb(2, 3 - k)) for k in range(1, 4)],
@@ -101,10 +103,10 @@ def test_permutation_test_over_prompts_by_brute_force() -> None:
     ]
     for (k, many), (m, more) in product(*ways):
         dealt = np.array([[k, 3 - k], [m, 3 - m]])
-        change = (bias(dealt) - bias(np.array([[4, 2], [3, 3]]) - dealt)).sum()
+        change = (unfairness(dealt) - unfairness(np.array([[4, 2], [3, 3]]) - dealt)).sum()
         total += many * more
         extreme += many * more * (abs(change) >= abs(observed) - 1e-9)
-    assert permutation_test(before, after, 20_000) == pytest.approx(extreme / total, abs=0.01)
+    assert permutation_test(before, after, permutations=20_000) == pytest.approx(extreme / total, abs=0.01)
 
 
 def test_permutation_test_at_its_ends() -> None:
@@ -129,15 +131,22 @@ def test_under_the_null_small_values_are_rare() -> None:
     assert 0.01 < np.mean(np.array(values) <= 0.1) < 0.18
 
 
+def means(counts: list, target: list) -> list[float]:
+    return [float(np.nanmean(of)) for of in distance_by_prompt(counts, target)]
+
+
 def test_distance_by_prompt_and_its_floor() -> None:
     counts, target = [[6, 4], [0, 10], [0, 0], [2, 1]], [0.25, 0.75]
-    found, floor = distance_by_prompt(counts, target)
+    found, floor = means(counts, target)
     assert found == pytest.approx((0.35 + 0.25 + (2 / 3 - 0.25)) / 3)
     random = np.random.default_rng(0)
-    drawn = [distance_by_prompt([random.multinomial(n, target) for n in (10, 10, 3)], target)[0] for _ in range(4000)]
+    drawn = [means([random.multinomial(n, target) for n in (10, 10, 3)], target)[0] for _ in range(4000)]
     assert floor == pytest.approx(np.mean(drawn), abs=0.01)
-    assert distance_by_prompt([[1, 1]], [0.5, 0.5])[1] == pytest.approx(0.25)  # 2 of 4 outcomes are all alike
+    assert means([[1, 1]], [0.5, 0.5])[1] == pytest.approx(0.25)  # 2 of 4 outcomes are all alike
     assert np.isnan(distance_by_prompt([[0, 0]], target)).all()
+    own = distance_by_prompt([[1, 3], [3, 1]], [[0.25, 0.75], [0.5, 0.5]])
+    assert own[0] == pytest.approx([0, 0.25])
+    assert own[1] == pytest.approx([distance_by_prompt([[2, 2]], row)[1][0] for row in ([0.25, 0.75], [0.5, 0.5])])
 
 
 def test_target_distance_is_scipys() -> None:
