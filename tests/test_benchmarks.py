@@ -2,12 +2,16 @@
 step by hand."""
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import multinomial
 
+from fairness_dft.metrics import summarize_bias
+from fairness_dft.prompt_files import Prompt
+from fairness_dft.results import Measured, results, write_json
 from fairness_dft.transport import enumerate_counts, mean_assignment, transport_cost
 
 WAYS = ("authors", "exact, cold", "exact, warm", "exact, activations kept, warm", "1 of 2 steps, warm")
@@ -54,3 +58,33 @@ def test_the_authors_targets_are_ours_but_for_what_they_leave_out() -> None:
     exact = mean_assignment(cost, counts, multinomial.pmf(counts, 6, shares))
     found = authors_assignment(cost, shares, seed=0)
     assert 0 < np.abs(found - exact).max() < 0.05
+
+
+def test_the_table_of_experiments_is_what_the_runs_say(tmp_path: Path, capsys, monkeypatch) -> None:
+    from benchmarks import table
+
+    classes = {"gender": ("man", "woman"), "age": ("young", "old")}
+    sides = {
+        (judge, name, model): summarize_bias(torch.tensor(counts), torch.tensor([0]), classes[name])
+        for judge in ("training", "independent")
+        for name in classes
+        for model, counts in (("original", [[9, 1]]), ("ema", [[6, 4]]))
+    }
+    target = {"gender": {"man": 0.5, "woman": 0.5}, "age": {"young": 0.75, "old": 0.25}}
+    measured = Measured(sides, {("clip_t", "original"): 0.31, ("clip_t", "ema"): 0.3, ("subject_kept", "ema"): 0.99})
+    for names in (["age"], ["gender"]):
+        found = results(names, target, [Prompt("a chef", "chef", "work")], measured, {})
+        write_json(tmp_path / names[0] / "results.json", found)
+        (tmp_path / names[0] / "config.yaml").write_text(f"name: {names[0]}\nseed_everything: 7\n")
+    monkeypatch.setattr("sys.argv", ["table", f"mine={tmp_path / 'age'}", str(tmp_path / "gender")])
+    table.main()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    low, high = (sides["training", "age", "ema"].low, sides["training", "age", "ema"].high)
+    figures = ["0.80 → 0.20", f"{low:.2f} – {high:.2f}"] * 2 + ["0.25", "0.310 → 0.300", "0.990"]
+    shares = ["old 0.10 → 0.40, wanted 0.25", "", "old 0.10 → 0.40, wanted 0.25", "", "", "", ""]
+    assert lines[2:] == [
+        ["mine", "7", "age", *figures],
+        ["mine", "7", "frequency of age", *shares],
+        ["gender", "7", "gender", *figures],
+    ]
+    assert {len(cells) for cells in lines} == {len(table.HEAD)}
