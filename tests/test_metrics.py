@@ -3,11 +3,12 @@
 import json
 import math
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multinomial
 from torchmetrics import MeanMetric
 
 from fairness_dft.metrics import (
@@ -327,3 +328,15 @@ def test_unknown_classes_are_refused(value: int) -> None:
     with pytest.raises(ValueError, match=r"`classes` must be in \[0, 2\) where there is a face, but got"):
         metric.update(0, torch.tensor([0, value]), torch.tensor([True, True]))
     assert not metric.counts.any()
+
+
+@pytest.mark.parametrize(("images", "classes"), [(1, 2), (7, 2), (4, 3), (5, 4)])
+def test_chance_adds_at_most_the_floor(images: int, classes: int) -> None:
+    """What an unfair model scores on average, less what it would with endless images, by enumeration."""
+    random = np.random.default_rng(images)
+    outcomes = [c for c in product(range(images + 1), repeat=classes) if sum(c) == images]
+    scores = class_bias(torch.tensor(outcomes) / images).numpy()
+    for p in random.dirichlet(np.full(classes, 0.7), size=200):
+        expected = multinomial(images, p).pmf(outcomes) @ scores
+        added = expected - float(class_bias(torch.tensor(p)))
+        assert -1e-6 <= added <= float(finite_sample_floor(images, classes)) + 1e-6
