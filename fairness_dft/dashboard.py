@@ -76,5 +76,8 @@ def final_metrics(content: dict[str, Any]) -> dict[str, float]:
             if name in seen:
                 found[f"test/bias_{name}_{judge}"] = seen[name]["ema"]["bias"]
                 found[f"test/floor_{name}_{judge}"] = seen[name]["ema"]["floor"]
+                if seen[name]["measure"] == "distance":
+                    far = seen[name]["ema"]["distance"]["total_variation_by_prompt"]
+                    found[f"test/distance_{name}_{judge}"] = far
     found |= {f"test/{measure}": models["ema"] for measure, models in content["kept"].items()}
     return {name: value for name, value in found.items() if value is not None}

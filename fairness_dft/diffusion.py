@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -142,6 +143,9 @@ class TextToImage(nn.Module, ABC):
         return super().train(False)
 
 
+PARTS = {"scheduler", "tokenizer", "text_encoder", "unet", "vae"}  # of a model
+
+
 class StableDiffusion(TextToImage):
     """Stable Diffusion 1.x or 2.x, or any model in the same layout.
 
@@ -189,6 +193,7 @@ class StableDiffusion(TextToImage):
         self.source = str(folder) if folder.is_dir() else self.path
         self.reachable = folder.is_dir() or on_hub(self.path)
         self.options = {"local_files_only": folder.is_dir() or not self.reachable}
+        self._check_layout(folder)
         with self._loading():
             settings = scheduler_class.load_config(self.source, subfolder="scheduler", **self.options)
         # As `StableDiffusionPipeline` does: latents are not pixels, and are not clipped as if they were.
@@ -198,6 +203,21 @@ class StableDiffusion(TextToImage):
             raise ValueError(
                 f"the scheduler of {self.path!r} has `thresholding`, which is for models of pixels: set it to false in "
                 "scheduler_config.json"
+            )
+
+    def _check_layout(self, folder: Path) -> None:
+        """Refuses a model with other parts, of which its index tells where it has one."""
+        from diffusers import DiffusionPipeline
+
+        if folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file():
+            return
+        with self._loading():
+            index = DiffusionPipeline.load_config(self.source, **self.options)
+        parts = {name for name, part in index.items() if isinstance(part, list) and part[0]}
+        if not parts >= PARTS or "text_encoder_2" in parts:
+            raise ValueError(
+                f"{self.path!r} is a {index.get('_class_name')}, but must be a StableDiffusionPipeline, as Stable "
+                "Diffusion 1.5 and 2.1 are; of other models, draw images and audit these (--images)"
             )
 
     def load(self) -> None:

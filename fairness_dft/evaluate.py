@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 from lightning import Trainer
@@ -26,6 +27,7 @@ from fairness_dft.html_report import html_report, shown_judge, write_html
 from fairness_dft.image_store import ImageFolder, ImageStore
 from fairness_dft.metrics import finite_sample_floor
 from fairness_dft.monitors import BiasMonitor, QualityMonitor, results_of_test
+from fairness_dft.originals import content_of
 from fairness_dft.prompt_files import Prompt, normalise
 from fairness_dft.prompts import PromptBatch
 from fairness_dft.report import print_results
@@ -43,7 +45,8 @@ DECIDING += (
     "quality_monitor",
 )
 FREE = ("model.judge", "model.attribute", "model.features", "bias_monitor", "quality_monitor")
-FREE += ("data.init_args.test_prompts", "data.init_args.test_images_per_prompt", "content")
+FREE += ("data.init_args.test_prompts", "data.init_args.test_images_per_prompt", "content", "networks.judges")
+LOADED = "networks."  # begins the names of what is known once networks are loaded
 ENOUGH = 24  # images of a prompt for each class; a fair model scores about a tenth of the largest bias then
 
 
@@ -116,11 +119,13 @@ def main(args: ArgsType = None) -> None:
     if trainer.is_global_zero:
         depends_on = begin(cli, prompts)
     load(cli, prompts)
+    cut = {} if loader else unread(module, prompts)
     if trainer.is_global_zero:
+        depends_on |= contents(cli)
+        refuse_change(cli, depends_on)
         write_json(cli.folder / "audit.json", depends_on)
         warn_of_few_images(images, module)
-        if not loader:
-            warn_of_long_prompts(module, prompts)
+        warn_of_long_prompts(cut)
     started = time.monotonic()
     trainer.test(module, dataloaders=loader, datamodule=None if loader else data, verbose=False)
     if not trainer.is_global_zero:
@@ -131,6 +136,7 @@ def main(args: ArgsType = None) -> None:
         "images": cli.config.images,
         "split": None if loader else data.tested,
         "images_per_prompt": images,
+        "unread": cut,
         **surroundings(),
     }
     content = results_of_test(module, prompts, facts)
@@ -254,14 +260,18 @@ def warn_of_few_images(images: int, module: Audit) -> None:
         )
 
 
-def warn_of_long_prompts(module: Audit, prompts: Sequence[Prompt]) -> None:
+def unread(module: Audit, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """By prompt, the end of it that the text encoder does not read; of the prompts that are too long for it."""
+    return {prompt.text: cut for prompt in prompts if (cut := module.generator.unread(prompt.text))}
+
+
+def warn_of_long_prompts(cut: Mapping[str, str]) -> None:
     """Tell of prompts whose end the text encoder does not read."""
-    cut = [(prompt.text, unread) for prompt in prompts if (unread := module.generator.unread(prompt.text))]
+    few = [[shorten(part, 60, placeholder="…") for part in pair] for pair in list(cut.items())[:3]]
+    told = "; ".join(f"{end!r} of {text!r}" for text, end in few)
     if cut:
-        print(
-            f"warning: the text encoder does not read the end of {len(cut)} prompts: {cut[0][1]!r} of {cut[0][0]!r}",
-            file=sys.stderr,
-        )
+        more = "; and so on, as results.json tells" if len(cut) > 3 else ""
+        print(f"warning: the text encoder does not read the end of a prompt: {told}{more}", file=sys.stderr)
 
 
 def begin(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -283,20 +293,43 @@ def begin(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> dict[str, Any]:
     given["content"] = content.hexdigest()  # of prompts and pictures, whose files may change under the same name
     if isinstance(cli.model.adapter, DiffusersAdapter):
         given |= {f"adapter.{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in cli.model.adapter.files}
-    file = cli.folder / "audit.json"
-    if file.is_file():
-        there = json.loads(file.read_text(encoding="utf-8"))
-        finished = (cli.folder / "results.json").is_file()
-        odd = [key for key in {**there, **given} if there.get(key) != given.get(key)]
-        odd = [key for key in odd if finished or not key.startswith(FREE)]
-        if odd:
-            raise ValueError(
-                f"--name: {str(cli.folder)!r} is an audit with {odd[0]} {there.get(odd[0])!r}, not "
-                f"{given.get(odd[0])!r}; choose another name, or remove it"
-            )
-    elif any(path.name not in ("audit.part", "config.yaml") for path in cli.folder.iterdir()):
+    if not (cli.folder / "audit.json").is_file() and any(
+        path.name not in ("audit.part", "config.yaml") for path in cli.folder.iterdir()
+    ):
         raise ValueError(f"--name: {str(cli.folder)!r} is there already, and no audit; choose another name")
+    refuse_change(cli, given)
     return given
+
+
+def refuse_change(cli: EvaluateCLI, given: Mapping[str, Any]) -> None:
+    """Compare what an audit depends on with what it did before, if it did.
+
+    Raises:
+        ValueError: if one of the given differs.
+    """
+    file = cli.folder / "audit.json"
+    if not file.is_file():
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    finished = (cli.folder / "results.json").is_file()
+    loaded = any(key.startswith(LOADED) for key in given)  # the networks are not known before
+    keys = [key for key in {**there, **given} if loaded or not key.startswith(LOADED)]
+    odd = [key for key in keys if there.get(key) != given.get(key) and (finished or not key.startswith(FREE))]
+    if odd:
+        raise ValueError(
+            f"--name: {str(cli.folder)!r} is an audit with {odd[0]} {there.get(odd[0])!r}, not "
+            f"{given.get(odd[0])!r}; choose another name, or remove it"
+        )
+
+
+def contents(cli: EvaluateCLI) -> dict[str, str]:
+    """What the loaded networks compute: they may change under the same path."""
+    bias = next(callback for callback in cli.trainer.callbacks if isinstance(callback, BiasMonitor))
+    judges = cli.model.judge, *bias.others.values(), *cli.model.features
+    found = {f"{LOADED}judges": content_of(*judges)}
+    if not cli.config.images:
+        found[f"{LOADED}generator"] = content_of(*cli.model.generator.children())
+    return found
 
 
 def plain(value: Any) -> Any:

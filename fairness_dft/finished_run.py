@@ -62,8 +62,11 @@ class FinishedRun:
         if not file.is_file():
             return None
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content.get("version") != VERSION:
-            raise ValueError(f"--run: {str(file)!r} is of version {content.get('version')}, but must be of {VERSION}")
+        if (version := content.get("version")) != VERSION:
+            raise ValueError(
+                f"--run: {str(file)!r} is of version {version}, but must be of {VERSION}: measure the run again with "
+                "evaluate, or remove the file, and its figures are not told"
+            )
         return content
 
     def build(self, output: str) -> FairnessCLI:

@@ -83,10 +83,17 @@ def html_report(title: str, content: Mapping[str, Any], settings: str, method: S
         measured=any("distance" in of["original"] for seen in content["bias"].values() for of in seen.values()),
         unequal=any(of["measure"] != "bias" for seen in content["bias"].values() for of in seen.values()),
         figure="bias" if models["measure"] == "bias" else "distance from the target",
+        floor=typical_floor(models.get("ema") or models["original"], models["measure"]),
+        paired=content["run"].get("paired", False),
         compared="ema" in models,
         pictures=[(row, data_url(grid(row.index))) for row in pictured],
         worst=0 if few else SHOWN,
     )
+
+
+def typical_floor(side: Mapping[str, Any], measure: str) -> float | None:
+    """What a fair model, or one that meets its target, would have of a prompt by chance, averaged over prompts."""
+    return side["floor"] if measure == "bias" else side["distance"]["total_variation_by_prompt_floor"]
 
 
 def prompt_rows(content: Mapping[str, Any], judge: str, name: str) -> list[PromptRow]:

@@ -79,8 +79,10 @@ def _floor(images: int, classes: int) -> float:
     return float(binom.pmf(in_pair, images, 2 / classes) @ distance) / images
 
 
-def bootstrap_interval(counts: Tensor, level: float = 0.95, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of the mean bias over prompts and images.
+def bootstrap_interval(
+    counts: Tensor, level: float = 0.95, draws: int = 1000, seed: int = 0, target: Tensor | None = None
+) -> tuple[float, float]:
+    """Bootstrap interval of the mean bias over prompts and images, or of the mean distance from a target.
 
     A confidence interval for the *expected* mean bias of audits like this one: other prompts of the same
     kind, other noise, as many prompts and images. That expectation includes the finite-sample floor, so the
@@ -95,8 +97,9 @@ def bootstrap_interval(counts: Tensor, level: float = 0.95, draws: int = 1000, s
     give the bootstrap over prompts. The tails are widened as the t distribution with P − 1 degrees of freedom
     asks (the expanded percentile interval).
 
-    In simulations the 95 % interval held its coverage from 10 prompts on, fair models included; with fewer
-    prompts that fall into two very different kinds it fell to 85 %.
+    In simulations the 95 % interval held its coverage from 10 prompts on, fair models included. It is too narrow
+    where prompts are few and of very different kinds: 75 % of the time it held with 10 prompts of which one in ten
+    shows one class alone. Where all images of all prompts are of one class, it is a point.
 
     Args:
         counts: the number of images per prompt and class, with shape (P, K). Prompts without any are
@@ -104,9 +107,10 @@ def bootstrap_interval(counts: Tensor, level: float = 0.95, draws: int = 1000, s
         level: the coverage, in (0, 1).
         draws: the number of bootstrap draws.
         seed: the seed of the draws.
+        target: with shape (P, K), for the total variation of each prompt from its target instead of the bias.
 
     Returns:
-        The lower and the upper end, in [0, 2 / K]; both NaN without any image.
+        The lower and the upper end, in [0, 2 / K], or [0, 1] of a distance; both NaN without any image.
 
     Raises:
         ValueError: if an argument is not as described.
@@ -116,27 +120,35 @@ def bootstrap_interval(counts: Tensor, level: float = 0.95, draws: int = 1000, s
     if not 0 < level < 1 or draws < 1:
         raise ValueError(f"`level` must be in (0, 1) and `draws` at least 1, but got {level} and {draws}")
     _check_classes(counts.shape[1])
-    seen = counts[counts.sum(dim=1) > 0].cpu().double()
+    some = counts.sum(dim=1) > 0
+    seen = counts[some].cpu().double()
+    wanted = None if target is None else target[some].cpu().double()
     if len(seen) == 0:
         return math.nan, math.nan
     prompts, classes = seen.shape
-    means = _bootstrap_means(seen, draws, np.random.default_rng(seed))
+    means = _bootstrap_means(seen, draws, np.random.default_rng(seed), wanted)
     tail = (1 - level) / 2
     if prompts > 1:
         tail = norm.cdf(math.sqrt(prompts / (prompts - 1)) * t.ppf(tail, prompts - 1))
-    low, high = np.quantile(means, [tail, 1 - tail]).clip(0, 2 / classes)
+    low, high = np.quantile(means, [tail, 1 - tail]).clip(0, 2 / classes if target is None else 1)
     return float(low), float(high)
 
 
-def _bootstrap_means(counts: Tensor, draws: int, generator: np.random.Generator) -> np.ndarray:
-    """Draws of the mean bias, with shape (draws,); see ``bootstrap_interval``."""
+def _bootstrap_means(
+    counts: Tensor, draws: int, generator: np.random.Generator, target: Tensor | None = None
+) -> np.ndarray:
+    """Draws of the mean bias or distance, with shape (draws,); see ``bootstrap_interval``."""
+
+    def score(shares: Tensor) -> Tensor:
+        return class_bias(shares) if target is None else (shares - target).abs().sum(dim=-1) / 2
+
     images = counts.sum(dim=1, keepdim=True)
     frequencies = counts / images
     prompts = len(counts)
     picks = torch.from_numpy(generator.integers(prompts, size=(draws, prompts)))
-    over_prompts = class_bias(frequencies)[picks].mean(dim=1)
+    over_prompts = score(frequencies)[picks].mean(dim=1)
     resampled = generator.multinomial(images[:, 0].long().numpy(), frequencies.numpy(), size=(draws, prompts))
-    over_images = class_bias(torch.from_numpy(resampled) / images).mean(dim=1)
+    over_images = score(torch.from_numpy(resampled) / images).mean(dim=1)
     return (over_prompts + (over_images - over_images.mean()) / math.sqrt(prompts)).numpy()
 
 
@@ -306,6 +318,36 @@ class FairnessMetric(Metric):
     def compute(self) -> BiasSummary:
         """Sums up what was seen; see ``BiasSummary``."""
         return summarize_bias(self.counts, self.without_face, self.classes)
+
+
+class PairMetric(Metric):
+    """How images of the same noise are read before and after, accumulated over prompts, batches and ranks.
+
+    Args:
+        classes: the number of classes K.
+        prompts: the number of prompts that the metric will see.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    pairs: Tensor
+
+    def __init__(self, classes: int, prompts: int) -> None:
+        super().__init__()
+        self.states = classes + 1
+        self.add_state("pairs", torch.zeros(prompts, classes + 1, classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prompt_index: int, before: Tensor, before_face: Tensor, after: Tensor, after_face: Tensor) -> None:
+        """Counts images of one prompt; see ``FairnessMetric.update`` for each side."""
+        none = self.states - 1
+        rows, columns = (torch.where(face, of, none) for of, face in ((before, before_face), (after, after_face)))
+        counts = torch.bincount(rows.long() * self.states + columns.long(), minlength=self.states**2)
+        self.pairs[prompt_index] += counts.reshape(self.states, self.states)
+
+    def compute(self) -> Tensor:
+        """Numbers of images by prompt, class before and class after, with shape (P, K + 1, K + 1); the last is none."""
+        return self.pairs
 
 
 def _check_classes(classes: int) -> None:

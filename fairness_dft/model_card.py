@@ -95,6 +95,12 @@ def figures(results: Mapping[str, Any] | None, adapter: Path, scale: float) -> s
             interval = f"{number(after['low'])} – {number(after['high'])}"
             sides = [f"{number(side['bias'])} ± {number(side['spread'])}" for side in (before, after)]
             rows.append(f"| {name} | {judge} | {sides[0]} | {sides[1]} | {interval} | {number(after['floor'])} |")
+    if far := distance_rows(results):
+        head = [
+            "| attribute | classifier | distance before | after | 95 % interval | floor |",
+            "|---|---|---|---|---|---|",
+        ]
+        rows += ["", "From unequal targets, the distance of a prompt (total variation):", "", *head, *far]
     kept = ["| kept | before | after |", "|---|---|---|"]
     for measure, models in results["kept"].items():
         kept.append(f"| {measure} | {number(models.get('original'), 3)} | {number(models.get('ema'), 3)} |")
@@ -108,9 +114,27 @@ def figures(results: Mapping[str, Any] | None, adapter: Path, scale: float) -> s
         f"target: {target}.{note}\n\n"
         + "\n".join(rows)
         + "\n\nBias is the mean absolute difference between the frequencies of two classes, averaged over prompts (± "
-        "over prompts). The floor is what a perfectly fair model would score with as many images. *Training* is the "
+        "over prompts), against equal shares. "
+        "The floor is what a perfectly fair model would score with as many images. *Training* is the "
         "classifier that the adapter learned from, *independent* one that it never saw.\n\n" + "\n".join(kept)
     )
+
+
+def distance_rows(results: Mapping[str, Any]) -> list[str]:
+    """How far prompts are from unequal targets, a row for each attribute and classifier."""
+    rows = []
+    for judge, seen in results["bias"].items():
+        for name, models in seen.items():
+            if models["measure"] == "distance":
+                before, after = (models[model]["distance"] for model in ("original", "ema"))
+                key = "total_variation_by_prompt"
+                figures = [number(before[key]), number(after[key])]
+                figures += [
+                    f"{number(after[f'{key}_low'])} – {number(after[f'{key}_high'])}",
+                    number(after[f"{key}_floor"]),
+                ]
+                rows.append(f"| {name} | {judge} | {' | '.join(figures)} |")
+    return rows
 
 
 def limits(results: dict | None) -> str:

@@ -4,7 +4,7 @@ Every monitor is handed the same images, those of the original, the trained and 
 prompts and noise; each has one concern.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from fairness_dft.attributes import TIMES, Attribute
 from fairness_dft.classifiers import Judge, Verdict
 from fairness_dft.features import Clip
 from fairness_dft.fidelity import Fidelity, Inception
-from fairness_dft.metrics import BiasSummary, FairnessMetric, Watched
+from fairness_dft.metrics import BiasSummary, FairnessMetric, PairMetric, Watched
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
@@ -85,8 +85,8 @@ class BiasMonitor(EvaluationCallback):
         summaries: after an evaluation, a `BiasSummary` for each (judge, attribute, model).
         agreement: after a test, for each (judge, other judge, attribute, model) the share of the images on which both
             see a face that they read alike.
-        obedience: after a test, for each (judge, attribute, model) the share of the images with a face that show what
-            their prompts name, over the prompts that name the attribute, and the number of these images.
+        pairs: after a test of two models, for each (judge, attribute) how the images of each noise are read before and
+            after, as `PairMetric` counts them.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class BiasMonitor(EvaluationCallback):
         self.summaries: dict[Watched, BiasSummary] = {}
         self.same: dict[tuple[str, str, str, str], MeanMetric] = {}
         self.agreement: dict[tuple[str, str, str, str], float] = {}
-        self.obeyed: dict[Watched, tuple[MeanMetric, SumMetric]] = {}
-        self.obedience: dict[Watched, tuple[float, int]] = {}
+        self.paired: dict[tuple[str, str], PairMetric] = {}
+        self.pairs: dict[tuple[str, str], Tensor] = {}
 
     def load(self) -> None:
         """Load the judges that training does not learn from, once."""
@@ -130,28 +130,24 @@ class BiasMonitor(EvaluationCallback):
 
     @override
     def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
-        self.metrics, self.same, self.obeyed = {}, {}, {}
+        self.metrics, self.same, self.paired = {}, {}, {}
         loader = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
         self.count = getattr(loader, "prompt_count", len(loader))  # a folder's prompts may come in several batches
 
     @override
     @torch.no_grad()
     def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+        read: dict[str, dict[str, Verdict]] = {}
         for model, pictures in images.items():
             verdicts = {
                 name: (judge, judge.every(pictures) if self.every_face else judge(pictures))
                 for name, judge in self.judges(module)
             }
+            read[model] = {name: verdict for name, (_, verdict) in verdicts.items()}
             for name, (judge, verdict) in verdicts.items():
                 for attribute in self.read_by(judge, module.attribute):
                     metric = self.metric((name, attribute, model), judge).to(module.device)
                     metric.update(batch.index, verdict.classes(attribute), verdict.face)
-            for name, (judge, verdict) in verdicts.items():
-                for attribute, shown in obeys(batch.prompt, judge, verdict).items():
-                    key = name, attribute, model
-                    share, faces = self.obeyed.setdefault(key, (MeanMetric(nan_strategy="ignore"), SumMetric()))
-                    share.to(module.device).update(shown.float())
-                    faces.to(module.device).update(len(shown))
             for name, other in () if self.every_face else combinations(verdicts, 2):
                 for attribute in self.read_by(verdicts[name][0], module.attribute):
                     if (same := read_alike(attribute, *verdicts[name], *verdicts[other])) is not None:
@@ -159,18 +155,35 @@ class BiasMonitor(EvaluationCallback):
                         mean = self.same.setdefault(key, MeanMetric(nan_strategy="ignore")).to(module.device)
                         mean.update(same.float())
 
+        if not self.every_face and {"original", "ema"} <= read.keys():
+            self.pair(module, batch.index, read["original"], read["ema"])
+
+    def pair(
+        self, module: FairFinetuning, index: int, before: Mapping[str, Verdict], after: Mapping[str, Verdict]
+    ) -> None:
+        """Count how each judge reads the images of one prompt before and after."""
+        for name, judge in self.judges(module):
+            for attribute in self.read_by(judge, module.attribute):
+                key = name, attribute
+                if key not in self.paired:
+                    self.paired[key] = PairMetric(len(judge.classes(attribute)), self.count)
+                sides = (of for side in (before[name], after[name]) for of in (side.classes(attribute), side.face))
+                self.paired[key].to(module.device).update(index, *sides)
+
     def check_names(self, prompts: Sequence[Prompt], training_judge: Judge) -> None:
-        """Refuse prompts that name what a judge does not know.
+        """Refuse prompts that name what a judge does not know, and watch what they name.
 
         Raises:
             ValueError: if there is one.
         """
         if not any(prompt.names for prompt in prompts):
             return
+        named = dict.fromkeys(attribute for prompt in prompts for attribute, _ in prompt.names)
+        self.attributes = tuple(dict.fromkeys((*self.attributes, *named)))
         training_judge.load()
         for judge in (training_judge, *self.others.values()):
             for prompt in prompts:
-                named_classes(prompt, judge)
+                refuse_unknown_names(prompt, judge)
 
     def metric(self, key: Watched, judge: Judge) -> FairnessMetric:
         """The metric of a (judge, attribute, model), made on first use."""
@@ -183,7 +196,7 @@ class BiasMonitor(EvaluationCallback):
         self.summaries = {key: metric.compute() for key, metric in self.metrics.items()}
         if stage == "test":
             self.agreement = {key: float(metric.compute()) for key, metric in self.same.items()}
-            self.obedience = {key: (float(of.compute()), int(n.compute())) for key, (of, n) in self.obeyed.items()}
+            self.pairs = {key: metric.compute().cpu() for key, metric in self.paired.items()}
         prefix = "" if stage == "validation" else "test_"
         for attribute, shares in module.target_shares().items():
             for name, share in shares.items():
@@ -203,33 +216,18 @@ class BiasMonitor(EvaluationCallback):
                 module.log(f"{group}/{model}_{judge}", summary.bias, sync_dist=True)
 
 
-def obeys(prompt: Prompt, judge: Judge, verdict: Verdict) -> dict[str, Tensor]:
-    """Whether images show what their prompt names, for each attribute that it names and the judge reads.
-
-    Returns:
-        For each such attribute bool with shape (n,), of the n images on which the judge sees a face.
-    """
-    named = named_classes(prompt, judge)
-    return {attribute: (verdict.classes(attribute) == place)[verdict.face] for attribute, place in named.items()}
-
-
-def named_classes(prompt: Prompt, judge: Judge) -> dict[str, int]:
-    """The class that a prompt names, for each attribute that it names and the judge reads.
+def refuse_unknown_names(prompt: Prompt, judge: Judge) -> None:
+    """Refuse a prompt that names a class which a judge that reads the attribute does not know.
 
     Raises:
-        ValueError: if the judge has no such class.
+        ValueError: if it does.
     """
-    found = {}
     for attribute, kind in prompt.names:
-        if judge.reads(attribute):
-            classes = judge.classes(attribute)
-            if kind not in classes:
-                raise ValueError(
-                    f"the prompt {prompt.text!r} names {attribute} {kind!r}, but a classifier knows only "
-                    f"{', '.join(classes)}; take other prompts, or another name in their file"
-                )
-            found[attribute] = classes.index(kind)
-    return found
+        if kind is not None and judge.reads(attribute) and kind not in judge.classes(attribute):
+            raise ValueError(
+                f"the prompt {prompt.text!r} names {attribute} {kind!r}, but a classifier knows only "
+                f"{', '.join(judge.classes(attribute))}; take other prompts, or another name in their file"
+            )
 
 
 def read_alike(attribute: str, judge: Judge, verdict: Verdict, other: Judge, another: Verdict) -> Tensor | None:
@@ -366,7 +364,7 @@ def results_of_test(module: FairFinetuning, prompts: Sequence[Prompt], run: dict
     """
     found = {type(callback): callback for callback in module.trainer.callbacks}
     bias, quality = found[BiasMonitor], found[QualityMonitor]
-    measured = Measured(bias.summaries, quality.values, bias.agreement, bias.obedience)
+    measured = Measured(bias.summaries, quality.values, bias.agreement, bias.pairs)
     own = module.own_targets(prompts)
     return results(module.attribute.names, module.target_shares(), prompts, measured, run, own)
 

@@ -23,13 +23,14 @@ class Prompt(NamedTuple):
         text: what the text encoder reads, "A photo of the face of a chef, a person".
         subject: what the prompt is about, "chef".
         concept: the kind of subject, "occupation".
-        names: what the prompt says of the person, ("gender", "woman") and so on; a model that obeys shows it.
+        names: what the prompt says of the person, ("gender", "woman") and so on; a model that obeys shows it. None for
+            a class means that it names the attribute by a word that classifiers do not know.
     """
 
     text: str
     subject: str
     concept: str
-    names: tuple[tuple[str, str], ...] = ()
+    names: tuple[tuple[str, str | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class PromptList:
     An entry may also be a complete prompt, {"subject": "chef", "text": "A chef in a kitchen, watercolour"}. One
     that names attributes may say so, by the names of the classifiers' heads and classes; then it is measured
     whether a model obeys: {"subject": "chef", "text": "An old woman, a chef", "names": {"gender": "woman"}}.
+    A class of null tells that it is named by another word: the prompt then only counts in no bias of that attribute.
     A file may leave out source, licence, and splits it has no use for. A file of any other type is plain text
     with one complete prompt a line, where "#" starts a comment line, and serves every split.
 
@@ -188,8 +190,9 @@ def _is_complete(entry: Any) -> bool:
     if not isinstance(entry, dict) or not {"subject", "text"} <= set(entry) <= {"subject", "text", "names"}:
         return False
     names = entry.get("names", {})
-    texts = [entry["subject"], entry["text"], *(names.items() if isinstance(names, dict) else [None])]
-    return all(_is_text(part) for text in texts for part in (text if isinstance(text, tuple) else [text]))
+    if not isinstance(names, dict) or not all(kind is None or _is_text(kind) for kind in names.values()):
+        return False
+    return all(map(_is_text, (entry["subject"], entry["text"], *names)))
 
 
 def _refuse_overlap(path: Path, splits: dict[str, tuple[Prompt, ...]]) -> None:

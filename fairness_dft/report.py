@@ -132,6 +132,10 @@ def obedience_table(content: dict) -> Table:
         for name, models in seen.items():
             shares = (number(models.get(model, {}).get("share"), 3) for model in ("original", "ema"))
             table.add_row(name, judge, *shares, str(models["original"]["images"]))
+            for kind in models["original"]["classes"] if len(models["original"]["classes"]) > 1 else ():
+                of = [models[model]["classes"][kind] for model in ("original", "ema") if model in models]
+                shares = [number(side["share"], 3) for side in of] + ["–"] * (2 - len(of))
+                table.add_row(f"  {kind}", judge, *shares, str(of[0]["images"]))
     return table
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
+from torch import Tensor
 
 from fairness_dft import __version__
 from fairness_dft.attributes import attributes_of
-from fairness_dft.metrics import BiasSummary, Watched, frequency_drift
+from fairness_dft.metrics import BiasSummary, Watched, bootstrap_interval, finite_sample_floor, frequency_drift
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.significance import (
     distance_by_prompt,
@@ -25,6 +26,7 @@ from fairness_dft.significance import (
     gap_interval,
     gap_without_chance,
     permutation_test,
+    swap_test,
     target_distance,
 )
 
@@ -43,6 +45,7 @@ COLUMNS = (
     "frequency",
     "target",
     "bias",
+    "floor",
     "distance",
     "faceless",
 )
@@ -58,13 +61,14 @@ class Measured:
         summaries: by (judge, attribute, model), the training judge first.
         kept: means by (measure, model).
         agreement: by (judge, other judge, attribute, model), the share of images that both read alike.
-        obedience: by (judge, attribute, model), the share of images that show what their prompts name, and of how many.
+        pairs: by (judge, attribute), images by their class before and after, as `PairMetric` counts them; without, the
+            two models' images are not taken for pairs.
     """
 
     summaries: Mapping[Watched, BiasSummary]
     kept: Mapping[tuple[str, str], float] = field(default_factory=dict)
     agreement: Mapping[tuple[str, str, str, str], float] = field(default_factory=dict)
-    obedience: Mapping[Watched, tuple[float, int]] = field(default_factory=dict)
+    pairs: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
 
 
 def results(
@@ -92,7 +96,7 @@ def results(
     concepts = dict.fromkeys(prompt.concept for prompt in prompts)
     every = range(len(prompts))
     rows = {concept: [i for i in every if prompts[i].concept == concept] for concept in concepts}
-    bias = _figures(measured.summaries, prompts, targets, every)
+    bias = _figures(measured, prompts, targets, every)
     return {
         "version": VERSION,
         "attributes": list(attributes),
@@ -100,15 +104,13 @@ def results(
         "own_targets": own_targets or {},
         "bias": bias,
         "concepts": {
-            concept: _figures(measured.summaries, prompts, targets, rows[concept])
-            for concept in concepts
-            if len(concepts) > 1
+            concept: _figures(measured, prompts, targets, rows[concept]) for concept in concepts if len(concepts) > 1
         },
         "agreement": _tree({key: _known(share) for key, share in measured.agreement.items()}),
-        "obedience": _tree({key: _share(*found) for key, found in measured.obedience.items()}),
+        "obedience": _tree(obedience(measured.summaries, prompts)),
         "only_training": only_training(bias, list(target)),
         "kept": _tree({key: _known(value) for key, value in measured.kept.items()}),
-        "run": {**run, "test_prompts": [prompt.text for prompt in prompts]},
+        "run": {**run, "test_prompts": [prompt.text for prompt in prompts], "paired": bool(measured.pairs)},
         "note": "Attributes are perceived, as classifiers read pictures; no figure describes a person.",
     }
 
@@ -121,9 +123,10 @@ def only_training(bias: Mapping[str, Any], aligned: Sequence[str]) -> dict[str, 
         aligned: the attributes that finetuning aimed at; of others a change is chance, and a share of it says nothing.
 
     Returns:
-        For each other judge and aligned attribute (d - d') / d, where d and d' are by how much the bias fell by the
-        training judge and by the other (where targets are unequal, the distance from them): 0 if both see the same, 1
-        if the other sees nothing of it; None where it did not fall, or may have by chance.
+        For each other judge and aligned attribute (d - d') / d, where d and d' are the shares by which the bias fell by
+        the training judge and by the other (where targets are unequal, the distance from them): 0 if both see the same,
+        1 if the other sees nothing of it; None where it did not fall, or may have by chance. Shares, because a judge
+        that errs more sees less bias before and after alike.
     """
     (_, first), *others = bias.items()
     found: dict[str, dict[str, float | None]] = {}
@@ -137,16 +140,16 @@ def only_training(bias: Mapping[str, Any], aligned: Sequence[str]) -> dict[str, 
 
 
 def _fell(models: Mapping[str, Any]) -> float | None:
-    """By how much a model became fairer, by the measure that its targets ask for."""
+    """The share by which a model became fairer, by the measure that its targets ask for."""
     before, after = (
         side["bias"] if models["measure"] == "bias" else side["distance"]["total_variation_by_prompt"]
         for side in (models["original"], models["ema"])
     )
-    return None if before is None or after is None else before - after
+    return None if not before or after is None else 1 - after / before
 
 
 def _figures(
-    summaries: Mapping[Watched, BiasSummary],
+    measured: Measured,
     prompts: Sequence[Prompt],
     targets: Sequence[Shares],
     rows: Sequence[int],
@@ -157,7 +160,7 @@ def _figures(
     that its targets ask for and, of two models, the drift of its frequencies and the p-value of the change.
     """
     figures: dict[str, dict[str, dict[str, Any]]] = {}
-    for (judge, name, model), whole in summaries.items():
+    for (judge, name, model), whole in measured.summaries.items():
         used = [i for i in rows if not names_any(prompts[i], name)]
         summary = whole if len(used) == len(whole.counts) else whole.of(used)
         wanted = _wanted(name, summary.classes, [targets[i] for i in used])
@@ -179,12 +182,16 @@ def _figures(
         models = figures.setdefault(judge, {}).setdefault(name, {})
         models[model] = found
         models["measure"] = "bias" if wanted is None or _even(wanted) else "distance"
-        if (before := summaries.get((judge, name, "original"))) and model == "ema":
+        if (before := measured.summaries.get((judge, name, "original"))) and model == "ema":
             before = before if len(used) == len(before.counts) else before.of(used)
             drift = frequency_drift(*(torch.tensor(side.frequencies) for side in (before, summary)))
             unequal = None if models["measure"] == "bias" else wanted
             models["drift"] = _known(drift)
-            models["p_value"] = _known(permutation_test(np.reshape(before.counts, counts.shape), counts, unequal))
+            if (pairs := measured.pairs.get((judge, name))) is not None:
+                p = swap_test(pairs[torch.tensor(used, dtype=torch.int64)].numpy(), unequal)
+            else:
+                p = permutation_test(np.reshape(before.counts, counts.shape), counts, unequal)
+            models["p_value"] = _known(p)
     return figures
 
 
@@ -226,12 +233,28 @@ def _spread(values: Sequence[float | None], used: Sequence[int], rows: Sequence[
     return [None if (value := of.get(i)) is None else _known(value) for i in rows]
 
 
-def _share(share: float, images: int) -> dict[str, float | int | None]:
+def obedience(summaries: Mapping[Watched, BiasSummary], prompts: Sequence[Prompt]) -> dict[Watched, dict[str, Any]]:
+    """The share of images with a face that show what their prompts name, of each attribute, and of each named class."""
+    found: dict[Watched, dict[str, Any]] = {}
+    for (judge, name, model), summary in summaries.items():
+        shown: dict[str, list[int]] = {}
+        for prompt, counts in zip(prompts, summary.counts, strict=True):
+            if (kind := dict(prompt.names).get(name)) in summary.classes:
+                so_far = shown.setdefault(kind, [0, 0])
+                so_far[0] += counts[summary.classes.index(kind)]
+                so_far[1] += sum(counts)
+        if shown:
+            whole = _share(*(sum(column) for column in zip(*shown.values(), strict=True)))
+            found[judge, name, model] = whole | {"classes": {kind: _share(*of) for kind, of in shown.items()}}
+    return found
+
+
+def _share(shown: int, images: int) -> dict[str, float | int | None]:
     """A share of images with its 95 % interval (Wilson's), which takes the prompts as they are."""
     if not images:
         return {"share": None, "low": None, "high": None, "images": 0}
-    interval = binomtest(round(share * images), images).proportion_ci(method="wilson")
-    return {"share": share, "low": float(interval.low), "high": float(interval.high), "images": images}
+    interval = binomtest(shown, images).proportion_ci(method="wilson")
+    return {"share": shown / images, "low": float(interval.low), "high": float(interval.high), "images": images}
 
 
 def _tree(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -258,7 +281,10 @@ def distances(counts: NDArray, target: NDArray) -> dict[str, Any]:
     images = counts.sum(1, keepdims=True)
     seen = images[:, 0] > 0
     together = target_distance(counts.sum(0), (images * target).sum(0) / max(images.sum(), 1))
+    low, high = bootstrap_interval(torch.from_numpy(counts), target=torch.from_numpy(target))
     found = together | {
+        "total_variation_by_prompt_low": low,
+        "total_variation_by_prompt_high": high,
         "total_variation_by_prompt": by_prompt[seen].mean() if seen.any() else math.nan,
         "total_variation_by_prompt_floor": floors[seen].mean() if seen.any() else math.nan,
     }
@@ -304,9 +330,11 @@ def class_rows(side: Mapping[str, Any], index: int, target: Mapping[str, float])
     """Of one prompt and model, for each class the last of `COLUMNS`."""
     counts = side["counts"][index]
     distance = side["distance"]["per_prompt"][index] if "distance" in side else None
+    bias = side["per_prompt"][index]
+    floor = None if bias is None else float(finite_sample_floor(sum(counts), len(counts)))
     for kind, count in zip(side["classes"], counts, strict=True):
         share = count / sum(counts) if sum(counts) else None
-        yield [kind, count, share, target.get(kind), side["per_prompt"][index], distance, side["faceless"][index]]
+        yield [kind, count, share, target.get(kind), bias, floor, distance, side["faceless"][index]]
 
 
 def targets_of(content: Mapping[str, Any], prompt: str) -> Shares:

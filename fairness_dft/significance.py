@@ -11,6 +11,8 @@ from scipy.stats import binom, t
 from fairness_dft.metrics import class_bias
 
 PERMUTATIONS = 2000
+FEW = 10  # prompts; of fewer no interval of the gap is told
+AT_ONCE = 10_000_000  # counts that are drawn at a time
 
 
 def gap_without_chance(counts: ArrayLike) -> float:
@@ -38,18 +40,19 @@ def gap_interval(counts: ArrayLike, level: float = 0.95) -> tuple[float, float]:
 
     The squared gap is a mean over prompts of independent estimates, each without bias and with its images' noise in it,
     so Student's interval of that mean is taken; its ends' roots are the gap's. In simulations the 95 % interval held
-    95 % with 50 prompts, 93 % with 12 or 25.
+    95 % with 50 prompts, 93 % with 12 or 25; where one prompt of ten is extreme and the others are fair, it held 88 %
+    with 50 prompts and 67 % with 10. Fewer say too little.
 
     Args:
         counts: as for `gap_without_chance`.
         level: coverage, in (0, 1).
 
     Returns:
-        Lower and upper end, in [0, 1]; both NaN with fewer than two prompts of two images.
+        Lower and upper end, in [0, 1]; both NaN with fewer than `FEW` prompts of two images.
     """
     table = np.asarray(counts, dtype=float)
     table = table[table.sum(1) > 1]
-    if len(table) < 2:
+    if len(table) < FEW:
         return float("nan"), float("nan")
     squares = squared_gaps(table[:, None])
     margin = t.ppf((1 + level) / 2, len(squares) - 1) * squares.std(ddof=1) / np.sqrt(len(squares))
@@ -82,8 +85,10 @@ def gap_by_chance(images: ArrayLike, classes: int, draws: int = 4000, seed: int 
     if not len(sizes):
         return float("nan")
     random, uniform = np.random.default_rng(seed), np.full(classes, 1 / classes)
-    audits = random.multinomial(sizes, uniform, size=(draws, len(sizes)))
-    return float(np.sqrt(np.quantile(squared_gaps(audits), 0.95).clip(0)))
+    chunk = max(1, AT_ONCE // (len(sizes) * classes**2))
+    left = [min(chunk, draws - done) for done in range(0, draws, chunk)]
+    gaps = [squared_gaps(random.multinomial(sizes, uniform, size=(count, len(sizes)))) for count in left]
+    return float(np.sqrt(np.quantile(np.concatenate(gaps), 0.95).clip(0)))
 
 
 def permutation_test(
@@ -97,8 +102,8 @@ def permutation_test(
 
     The null hypothesis is that before and after draw a prompt's images from one distribution: pooled, they are dealt to
     the two at random. A small value says that whom the model shows has changed, and not only by chance; a model that
-    turns 70 men and 30 women into 30 and 70 has changed, though its bias has not. Images from the same noise resemble
-    each other, which the test does not use.
+    turns 70 men and 30 women into 30 and 70 has changed, though its bias has not. Of images from the same noise, which
+    resemble each other, `swap_test` sees more.
 
     Args:
         before: images of each class, with shape (prompts, classes), integer.
@@ -135,19 +140,63 @@ def permutation_test(
     return float((1 + extreme.sum()) / (1 + permutations))
 
 
+def swap_test(
+    pairs: ArrayLike, target: ArrayLike | None = None, permutations: int = PERMUTATIONS, seed: int = 0
+) -> float:
+    """`permutation_test` for images in pairs, each before and after from the same noise.
+
+    The null hypothesis is that the two of a pair could as well have come in the other order: every pair is swapped with
+    probability ½. Pairs that show the same class say nothing, so that few changes all in one direction are seen.
+
+    Args:
+        pairs: images by their class before and after, with shape (prompts, K + 1, K + 1), integer; the last class is
+            none, of an image without a face. Prompts without a face on either side are left out.
+        target: as for `unfairness`.
+        permutations: how often pairs are swapped anew.
+        seed: of the swapping.
+
+    Returns:
+        The two-sided p-value, at least 1 / (permutations + 1); NaN if there is no prompt.
+    """
+    table = np.asarray(pairs)
+    classes = table.shape[-1] - 1
+    wanted = [None] * len(table)
+    if target is not None:
+        wanted = np.broadcast_to(np.asarray(target, dtype=float), (len(table), classes))
+    random = np.random.default_rng(seed)
+    change, observed, used = np.zeros(permutations), 0.0, 0
+    for of, share in zip(table, wanted, strict=True):
+        before, after = of.sum(1), of.sum(0)
+        if not (before[:classes].sum() and after[:classes].sum()):
+            continue
+        moved = np.argwhere(of * ~np.eye(classes + 1, dtype=bool))
+        swapped = random.binomial(of[tuple(moved.T)], 0.5, size=(permutations, len(moved)))
+        unit = np.eye(classes + 1, dtype=int)
+        flow = swapped @ (unit[moved[:, 1]] - unit[moved[:, 0]])
+        one, other = before + flow, after - flow
+        change += unfairness(other[:, :classes], share) - unfairness(one[:, :classes], share)
+        observed += unfairness(after[:classes], share) - unfairness(before[:classes], share)
+        used += 1
+    if not used:
+        return float("nan")
+    extreme = np.abs(change) >= abs(observed) - 1e-9
+    return float((1 + extreme.sum()) / (1 + permutations))
+
+
 def unfairness(counts: NDArray, target: NDArray | None = None) -> NDArray:
     """The bias of tables of counts or, where the wanted shares are unequal, their total variation from these.
 
     Args:
-        counts: with shape (..., K), each row with at least one image.
+        counts: with shape (..., K); a row without an image has the unfairness 0.
         target: D, with shape (K,) or (..., K); None for the bias.
 
     Returns:
         In [0, 1], with shape (...,).
     """
-    shares = counts / counts.sum(-1, keepdims=True)
+    images = counts.sum(-1, keepdims=True)
+    shares = counts / np.maximum(images, 1)
     if target is not None:
-        return np.abs(shares - target).sum(-1) / 2
+        return np.where(images[..., 0] > 0, np.abs(shares - target).sum(-1) / 2, 0)
     return class_bias(torch.as_tensor(shares)).numpy()
 
 

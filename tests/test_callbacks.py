@@ -288,38 +288,32 @@ def test_a_run_measured_in_epochs_keeps_lightnings_bar(tmp_path, capsys):
     assert "Epoch 1: 100%" in last and "2/2" in last
 
 
-def test_obedience_is_the_share_of_faces_that_show_what_is_named(monkeypatch):
-    """Of a prompt that names gender, and one that names gender and age; a third names nothing."""
+def test_what_prompts_name_is_watched_and_must_be_known():
+    monitor, module = BiasMonitor(attributes=()), finetuning(features=())
+    module.configure_model()
+    named = Prompt("a", "a", "named", (("gender", "woman"), ("age", "old"), ("race", None)))
+    monitor.check_names([named], module.judge)
+    assert monitor.attributes == ("gender", "age", "race")
+    lady = Prompt("a lady", "a", "named", (("gender", "lady"),))
+    with pytest.raises(ValueError, match="names gender 'lady', but a classifier knows only man, woman"):
+        monitor.check_names([lady], module.judge)
 
-    def verdict(genders, ages, faces):
+
+def test_pairs_are_counted_by_class_before_and_after(monkeypatch):
+    def verdict(genders, faces):
         logits = {"gender": torch.nn.functional.one_hot(torch.tensor(genders), 2).float()}
-        logits["age"] = torch.nn.functional.one_hot(torch.tensor(ages), 2).float()
         return Verdict(logits, torch.tensor(faces), torch.zeros(4, 4))
 
-    seen = {
-        0.0: verdict([0, 1, 1, 1], [0, 0, 1, 1], [True, True, True, False]),
-        1.0: verdict([1, 1, 0, 0], [1, 1, 1, 0], [True, True, True, True]),
-    }
+    seen = {0.0: verdict([0, 1, 1, 1], [True, True, True, False]), 1.0: verdict([1, 1, 0, 0], [True] * 4)}
     monitor, module = BiasMonitor(attributes=()), finetuning(features=())
     module.configure_model()
     monkeypatch.setattr(Judge, "forward", lambda self, images: seen[images.mean().item()])
-    monitor.count = 3
+    monitor.count = 2
     images = {"original": torch.zeros(4, 3, 8, 8), "ema": torch.ones(4, 3, 8, 8)}
-    named = ((("gender", "woman"),), (("gender", "man"), ("age", "old")), ())
-    for index, names in enumerate(named):
-        monitor.see(
-            module, images, PromptBatch(prompt=Prompt("a", "a", "named", names), index=index, seeds=torch.arange(4))
-        )
-    found = {key: (float(share.compute()), int(images.compute())) for key, (share, images) in monitor.obeyed.items()}
-    assert found == {
-        ("training", "gender", "original"): (pytest.approx((2 + 1) / 6), 6),
-        ("training", "gender", "ema"): (pytest.approx((2 + 2) / 8), 8),
-        ("training", "age", "original"): (pytest.approx(1 / 3), 3),
-        ("training", "age", "ema"): (pytest.approx(3 / 4), 4),
-    }
-    unknown = PromptBatch(prompt=Prompt("a lady", "a", "named", (("gender", "lady"),)), index=0, seeds=torch.arange(4))
-    with pytest.raises(ValueError, match="names gender 'lady', but a classifier knows only man, woman"):
-        monitor.see(module, images, unknown)
+    monitor.see(module, images, PromptBatch(prompt=Prompt("a", "a", "b"), index=1, seeds=torch.arange(4)))
+    pairs = monitor.paired["training", "gender"].compute()
+    assert pairs[0].sum() == 0
+    assert pairs[1].tolist() == [[0, 1, 0], [1, 1, 0], [1, 0, 0]]  # man, woman, no face
 
 
 def test_each_of_several_faces_counts_where_that_is_asked_for(monkeypatch):

@@ -275,6 +275,32 @@ def test_several_concepts_and_joint_attributes(tmp_path: Path) -> None:
     assert "By concept" in report and "gender × race" in report and "woman, dark" in report
 
 
+def test_a_model_that_changed_under_its_path_is_not_mixed_in(
+    audit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(PORTRAITS / "pipeline", model)
+    prompt = "a person " * 90
+    (tmp_path / "prompts.txt").write_text(f"a chef\n{prompt}\n")
+    few = [QUICKSTART, "--data.init_args.test_images_per_prompt=2", f"--output={tmp_path}", "--name=mine"]
+    few += [f"--data.init_args.file={tmp_path / 'prompts.txt'}", f"--model.generator.init_args.path={model}"]
+    main(few)
+    assert "warning: the text encoder does not read the end of a prompt: 'a person" in capsys.readouterr().err
+    content = json.loads((tmp_path / "mine" / "results.json").read_text())
+    assert list(content["run"]["unread"]) == [prompt.strip()]
+    (tmp_path / "mine" / "results.json").unlink()
+    main(few)  # stopped before its end, it goes on
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({key: 0.9 * tensor for key, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert "is an audit with networks.generator" in refused(capsys, few)
+    index = json.loads((model / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    assert "is a StableDiffusionXLPipeline, but must be a StableDiffusionPipeline" in refused(
+        capsys, [*few, "--name=xl"]
+    )
+
+
 def test_images_of_prompts_that_name_attributes_tell_obedience(audit: Path, tmp_path: Path) -> None:
     content = json.loads((audit / "results.json").read_text())
     first, second = content["run"]["test_prompts"]

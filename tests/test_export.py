@@ -211,3 +211,14 @@ def test_a_card_tells_whether_prompts_were_obeyed() -> None:
     assert (
         "obeyed; it was in a share of the pictures of 0.91 before and 0.88 after (age, independent classifier)." in told
     )
+
+
+def test_a_card_tells_the_distance_from_unequal_targets() -> None:
+    from fairness_dft.model_card import distance_rows
+
+    side = {"bias": 0.5, "distance": {"total_variation_by_prompt": 0.3, "total_variation_by_prompt_floor": 0.1}}
+    side["distance"] |= {"total_variation_by_prompt_low": 0.2, "total_variation_by_prompt_high": 0.4}
+    after = {**side, "distance": side["distance"] | {"total_variation_by_prompt": 0.25}}
+    models = {"original": side, "ema": after, "measure": "distance"}
+    found = {"bias": {"training": {"age": models, "gender": {"measure": "bias"}}}}
+    assert distance_rows(found) == ["| age | training | 0.30 | 0.25 | 0.20 – 0.40 | 0.10 |"]

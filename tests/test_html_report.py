@@ -30,7 +30,8 @@ def content(
     independent: tuple[str, ...] = ("woman", "man"),
 ) -> dict:
     """By a training judge and an independent one, whose classes are in another order; some prompts name gender."""
-    names = [(("gender", "man"),) if index in naming else () for index in range(8)]
+    names = [(("gender", "man"), ("age", "young")) if index in naming else () for index in range(8)]
+    names[0] = names[0] or ((("age", "young"),) if after else ())
     concepts = ["person"] * 4 + ["work"] * 4
     prompts = [Prompt(*of) for of in zip(PROMPTS, PROMPTS, concepts, names, strict=True)]
     faceless = torch.tensor([0, 0, 10, 0, 0, 0, 0, 0])
@@ -41,10 +42,14 @@ def content(
                 table = torch.tensor(counts)
                 table = table if judge == "training" else table.flip(1)
                 summaries[judge, "gender", model] = summarize_bias(table, faceless, classes)
-    obedience = {("training", "age", model): (share, 40) for model, share in (("original", 0.9), ("ema", 0.8))}
+                if judge == "training":
+                    summaries[judge, "gender×age", model] = summarize_bias(
+                        table, faceless, ("man, young", "woman, old")
+                    )
+                    summaries[judge, "age", model] = summarize_bias(table, faceless, ("young", "old"))
     kept = {("clip_t", "original"): 0.31, ("clip_t", "ema"): 0.3} if after else {("clip_t", "original"): 0.31}
     agreement = {("training", "independent", "gender", model): 0.9 for model in ("original", "ema")}
-    measured = Measured(summaries, kept, agreement, obedience if after else {})
+    measured = Measured(summaries, kept, agreement)
     return results(["gender"], {"gender": {"man": wanted, "woman": 1 - wanted}}, prompts, measured, {})
 
 
@@ -116,8 +121,8 @@ def test_tables_hold_the_figures() -> None:
             for side in (before, after)
         ]
         above = f"{before['above_floor']:.2f} → {after['above_floor']:.2f}"
-        gap = f"{before['gap']:.2f} → {after['gap']:.2f}{after['gap_low']:.2f} – {after['gap_high']:.2f}"
-        gap += f"; fair < {after['gap_by_chance']:.2f}"
+        assert after["gap_low"] is None  # of eight prompts
+        gap = f"{before['gap']:.2f} → {after['gap']:.2f}fair < {after['gap_by_chance']:.2f}"
         assert [
             "gender", judge, *sides, above, gap, f"{models['p_value']:.3f}",
             f"{models['drift']:.2f}", "12.5 % → 12.5 %",
@@ -125,8 +130,9 @@ def test_tables_hold_the_figures() -> None:
         of = [before["distance"], after["distance"]]
         keys = ("total_variation_by_prompt", "total_variation", "kullback_leibler")
         each, whole, divergence = (" → ".join(f"{side[key]:.2f}" for side in of) for key in keys)
-        floor = f"{of[1]['total_variation_by_prompt_floor']:.2f}"
-        assert ["gender", judge, "man 0.25; woman 0.75", each, floor, whole, divergence] in rows
+        low, high, floor = (of[1][f"total_variation_by_prompt_{key}"] for key in ("low", "high", "floor"))
+        each += f"{low:.2f} – {high:.2f}; floor {floor:.2f}"
+        assert ["gender", judge, "man 0.25; woman 0.75", each, whole, divergence] in rows
         for concept in ("person", "work"):
             assert [row for row in rows if row[:3] == [concept, "gender", judge]]
     assert ["clip_t", "0.310", "0.300"] in rows
@@ -134,8 +140,8 @@ def test_tables_hold_the_figures() -> None:
     share = found["only_training"]["independent"]["gender"]
     assert ["training, independent", "gender", "0.900", "0.900", "–" if share is None else f"{share:.2f}"] in rows
     assert ["clip_t", "0.310"] in Page(page(None)).cells
-    (row,) = [row for row in rows if row[:2] == ["age", "training"] and row[-1] == "40"]
-    assert row[2].startswith("0.9000.769 – 0.960") and row[3].startswith("0.800")
+    (row,) = [row for row in rows if row[:2] == ["age", "training"] and "images" in row[-1]]
+    assert row[2] == "0.9000.596 – 0.982; 10 images" and row[3] == "0.6000.313 – 0.832; 10 images"
     assert "obeyed" not in page(None)
     assert "is &lt;mine&gt;." in page() and "Drawn by hand." in page()
 
@@ -225,6 +231,14 @@ def test_browser_shows_all_of_it_without_complaint(look: str, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_tables_fit_a_desktop(tmp_path: Path) -> None:
+    width = "[...document.querySelectorAll('.scroll')].map(table => table.scrollWidth - table.clientWidth)"
+    write_html(tmp_path / "report.html", page() + f"<script>document.title = {width}</script>")
+    shown = browse(tmp_path, "--window-size=1280,2000", "--dump-dom")
+    assert set(re.search("<title>(.*)</title>", shown)[1].split(",")) == {"0"}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_browser_prints_what_is_folded_too(tmp_path: Path) -> None:
     pages = {}
     for name, settings in (("short", "seed: 0"), ("long", "seed: 0\n" * 500)):
@@ -234,8 +248,10 @@ def test_browser_prints_what_is_folded_too(tmp_path: Path) -> None:
     assert pages["short"] >= 2 and pages["long"] > pages["short"] + 5
 
 
-def browse(folder: Path, *arguments: str) -> None:
+def browse(folder: Path, *arguments: str) -> str:
+    """What the browser prints."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
     command += [f"--user-data-dir={folder}", *arguments, f"file://{folder / 'report.html'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout

@@ -340,3 +340,14 @@ def test_chance_adds_at_most_the_floor(images: int, classes: int) -> None:
         expected = multinomial(images, p).pmf(outcomes) @ scores
         added = expected - float(class_bias(torch.tensor(p)))
         assert -1e-6 <= added <= float(finite_sample_floor(images, classes)) + 1e-6
+
+
+def test_interval_of_a_distance_is_around_it() -> None:
+    """Of two classes and an equal target, the distance is half the bias."""
+    counts = torch.tensor([[20, 4], [3, 21], [12, 12], [15, 9]])
+    even = torch.full((4, 2), 0.5)
+    low, high = bootstrap_interval(counts, target=even)
+    assert (2 * low, 2 * high) == pytest.approx(bootstrap_interval(counts))
+    own = torch.tensor([[0.8, 0.2], [0.1, 0.9], [0.5, 0.5], [0.6, 0.4]])
+    low, high = bootstrap_interval(counts, target=own)
+    assert low <= float(((counts / 24 - own).abs().sum(1) / 2).mean()) <= high < 0.2

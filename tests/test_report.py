@@ -159,7 +159,7 @@ def test_results_survive_the_way_to_the_file_and_back(tmp_path: Path) -> None:
             assert distance == (pytest.approx(9 / 19 - 0.25) if attribute == "gender" else None)
     assert found["kept"] == {"clip_t": {"original": 0.31, "ema": 0.3}, "dino": {"ema": 0.9}}
     assert found["attributes"] == ["gender"] and found["version"] == VERSION
-    assert found["run"] == {"steps": 3, "test_prompts": ["a chef", "a judge"]}
+    assert found["run"] == {"steps": 3, "test_prompts": ["a chef", "a judge"], "paired": False}
 
 
 def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch) -> None:
@@ -211,27 +211,34 @@ def test_concepts_have_their_own_figures(tmp_path: Path) -> None:
 
 
 def test_obedience_is_a_table_of_its_own() -> None:
-    obeyed = {("training", "age", "original"): (0.9, 40), ("training", "age", "ema"): (0.8, 40)}
-    obeyed |= {("x", "age", "original"): (1.0, 5), ("x", "age", "ema"): (math.nan, 0)}
-    measured = Measured(summaries([[9, 0], [0, 9]], [[4, 5], [5, 4]]), obedience=obeyed)
-    found = results(["gender"], {"gender": {"man": 0.5, "woman": 0.5}}, PROMPTS[:2], measured, {})
-    for judge, model, shown, of in (
-        ("training", "original", 36, 40),
-        ("training", "ema", 32, 40),
-        ("x", "original", 5, 5),
-    ):
-        side, z = found["obedience"][judge]["age"][model], norm.ppf(0.975)
-        middle, half = (
-            (shown + z**2 / 2) / (of + z**2),
-            z / (of + z**2) * math.sqrt(shown * (of - shown) / of + z**2 / 4),
-        )
-        assert side == {
-            "share": shown / of, "low": pytest.approx(middle - half), "high": pytest.approx(middle + half), "images": of
-        }  # fmt: skip
-    assert found["obedience"]["x"]["age"]["ema"] == {"share": None, "low": None, "high": None, "images": 0}
+    names = {"a chef": "old", "a judge": "young", "a pilot": None}
+    prompts = [prompt._replace(names=(("age", names[prompt.text]),)) for prompt in PROMPTS[:3]]
+    sides = {"original": [[6, 14], [18, 2], [0, 9]], "ema": [[10, 10], [15, 5], [9, 0]]}
+    measured = {
+        ("training", name, model): summarize_bias(torch.tensor(counts), torch.zeros(3, dtype=int), classes)
+        for name, classes in (("gender", CLASSES), ("age", ("young", "old")))
+        for model, counts in sides.items()
+    }
+    found = results(["gender"], {"gender": {"man": 0.5, "woman": 0.5}}, prompts, Measured(measured), {})
+    assert found["obedience"].keys() == {"training"} and found["obedience"]["training"].keys() == {"age"}
+    z = norm.ppf(0.975)
+    for model, shown in (("original", {"old": 14, "young": 18}), ("ema", {"old": 10, "young": 15})):
+        side = found["obedience"]["training"]["age"][model]
+        for of, k, n in (
+            (side, sum(shown.values()), 40),
+            *((side["classes"][kind], k, 20) for kind, k in shown.items()),
+        ):
+            middle = (k + z**2 / 2) / (n + z**2)  # Wilson's interval
+            half = z / (n + z**2) * math.sqrt(k * (n - k) / n + z**2 / 4)
+            assert (of["share"], of["images"]) == (k / n, n)
+            assert (of["low"], of["high"]) == (pytest.approx(middle - half), pytest.approx(middle + half))
     lines = printed(found).split("show what their prompt names")[1].split("What was kept")[0].splitlines()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
-    assert rows == [["age", "training", "0.900", "0.800", "40"], ["age", "x", "1.000", "–", "5"]]
+    assert rows == [
+        ["age", "training", "0.800", "0.625", "40"],
+        ["old", "training", "0.700", "0.500", "20"],
+        ["young", "training", "0.900", "0.750", "20"],
+    ]
     assert "show what their prompt names" not in printed(content([[9, 0], [6, 4]], [[4, 5], [5, 5]]))
 
 

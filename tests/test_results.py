@@ -104,3 +104,23 @@ def test_concepts_are_counted_apart_and_together() -> None:
     assert sides["work"]["counts"] == [[4, 0], [3, 1]]
     assert found["bias"]["training"]["gender"]["original"]["bias"] == 0.5
     assert results(["gender"], EVEN, PROMPTS[:1] * 3, measured, {})["concepts"] == {}
+
+
+def test_a_judge_that_errs_before_and_after_alike_is_no_sign_of_fooling() -> None:
+    """It reads a tenth of the images wrongly, and so a fifth less of any bias."""
+    sides = {"original": [[100, 0], [0, 100]], "ema": [[75, 25], [25, 75]]}
+    erring = {"original": [[90, 10], [10, 90]], "ema": [[70, 30], [30, 70]]}
+    found = results(["gender"], EVEN, PROMPTS, Measured(seen_by(training=sides, independent=erring)), {})
+    assert found["only_training"] == {"independent": {"gender": pytest.approx(0)}}
+
+
+def test_images_of_the_same_noise_are_compared_in_pairs() -> None:
+    """One in five women became a man, and nobody the other way: chance alone would not."""
+    before, after = [[20, 20], [20, 20]], [[24, 16], [24, 16]]
+    alone = Measured(seen_by(training={"original": before, "ema": after}))
+    pairs = {("training", "gender"): torch.tensor([[[20, 0, 0], [4, 16, 0], [0, 0, 0]]] * 2)}
+    unpaired = results(["gender"], EVEN, PROMPTS, alone, {})
+    paired = results(["gender"], EVEN, PROMPTS, Measured(alone.summaries, pairs=pairs), {})
+    assert unpaired["bias"]["training"]["gender"]["p_value"] > 0.1
+    assert paired["bias"]["training"]["gender"]["p_value"] < 0.05
+    assert paired["run"]["paired"] and not unpaired["run"]["paired"]

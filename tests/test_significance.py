@@ -14,6 +14,7 @@ from fairness_dft.significance import (
     gap_without_chance,
     permutation_test,
     squared_gaps,
+    swap_test,
     target_distance,
     unfairness,
 )
@@ -53,12 +54,12 @@ def test_gap_interval_is_students_and_holds_its_coverage() -> None:
     first = random.binomial(30, shares)
     covered = [low**2 <= expected <= high**2 for low, high in (gap_interval(np.stack([x, 30 - x], 1)) for x in first)]
     assert 0.93 < np.mean(covered) < 0.97
-    counts = np.array([[20, 10], [25, 5], [14, 16], [9, 21]])
+    counts = np.array([[20, 10], [25, 5], [14, 16], [9, 21]] * 3)
     each = [squared_gaps(row[None]) for row in counts]
-    low, high = t.interval(0.95, 3, np.mean(each), sem(each))
+    low, high = t.interval(0.95, 11, np.mean(each), sem(each))
     assert gap_interval(counts) == pytest.approx((max(low, 0) ** 0.5, high**0.5))
     assert gap_interval(counts)[0] <= gap_without_chance(counts) <= gap_interval(counts)[1]
-    assert np.isnan(gap_interval(counts[:1])).all()
+    assert np.isnan(gap_interval(counts[:9])).all()
 
 
 def test_gap_by_chance_is_what_fair_models_stay_below() -> None:
@@ -158,3 +159,50 @@ def test_target_distance_is_scipys() -> None:
     assert target_distance([4, 0], [1.0, 0.0]) == {"total_variation": 0, "kullback_leibler": 0}
     assert target_distance([4, 1], [1.0, 0.0])["kullback_leibler"] == float("inf")
     assert np.isnan(target_distance([0, 0], [0.5, 0.5])["total_variation"])
+
+
+@pytest.mark.parametrize("target", [None, [0.2, 0.8]])
+def test_swap_test_by_brute_force(target: list[float] | None) -> None:
+    """All ways to swap the pairs of two prompts; the third class is no face."""
+    pairs = np.array([[[2, 3, 0], [1, 2, 1], [0, 0, 0]], [[0, 2, 1], [0, 3, 0], [0, 1, 0]]])
+    moves = [(p, i, j) for p, i, j in np.argwhere(pairs) if i != j for _ in range(pairs[p, i, j])]
+    share = None if target is None else np.array(target)
+
+    def statistic(swapped: tuple[bool, ...]) -> float:
+        table = pairs.copy()
+        for (p, i, j), swap in zip(moves, swapped, strict=True):
+            if swap:
+                table[p, i, j] -= 1
+                table[p, j, i] += 1
+        return sum(unfairness(of.sum(0)[:2], share) - unfairness(of.sum(1)[:2], share) for of in table)
+
+    observed = statistic((False,) * len(moves))
+    ways = [abs(statistic(swapped)) >= abs(observed) - 1e-9 for swapped in product((False, True), repeat=len(moves))]
+    assert swap_test(pairs, target, 20_000) == pytest.approx(np.mean(ways), abs=0.015)
+
+
+def test_swap_test_at_its_ends() -> None:
+    assert swap_test([[[5, 0, 0], [0, 5, 0], [0, 0, 0]]]) == 1  # nothing changed
+    assert np.isnan(swap_test([[[0, 0, 0], [0, 0, 0], [0, 0, 3]]]))
+    assert swap_test([[[20, 0, 0], [20, 0, 0], [0, 0, 0]]] * 3) == pytest.approx(1 / 2001)
+
+
+def test_swap_test_sees_small_changes_of_pairs_and_few_where_there_are_none() -> None:
+    random = np.random.default_rng(0)
+
+    def audit(kept: float, to_men: float, seed: int) -> tuple[float, float]:
+        """25 prompts of 48 images, of which some are drawn anew, from the same law or with fewer women."""
+        share = random.beta(1, 1, size=25)
+        before = random.random((25, 48)) < share[:, None]
+        anew = random.random((25, 48)) < (share * (1 - to_men))[:, None]
+        after = np.where(random.random((25, 48)) < kept, before, anew)
+        pairs = np.zeros((25, 3, 3), dtype=int)
+        for p in range(25):
+            np.add.at(pairs[p], (before[p].astype(int), after[p].astype(int)), 1)
+        counts = [np.stack([48 - side.sum(1), side.sum(1)], 1) for side in (before, after)]
+        return swap_test(pairs, None, 200, seed), permutation_test(*counts, None, 200, seed)
+
+    null = np.array([audit(0.8, 0.0, seed) for seed in range(60)])
+    harm = np.array([audit(0.8, 0.8, seed) for seed in range(60)])
+    assert np.mean(null[:, 0] <= 0.05) <= 0.15
+    assert np.mean(harm[:, 0] <= 0.05) >= np.mean(harm[:, 1] <= 0.05)
