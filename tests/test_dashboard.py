@@ -54,11 +54,14 @@ def test_gradient_norm_is_before_clipping(tmp_path):
 def test_what_runs_are_compared_by():
     side = {"bias": 0.2, "floor": 0.1}
     bias = {
-        "training": {"gender": {"ema": side}, "age": {"ema": side}},
-        "independent": {"gender": {"ema": {"bias": None, "floor": 0.1}}},
+        "training": {"gender": {"ema": side, "measure": "bias"}, "age": {"ema": side, "measure": "bias"}},
+        "independent": {"gender": {"ema": {"bias": None, "floor": 0.1}, "measure": "bias"}},
     }
     content = {"attributes": ["gender"], "bias": bias, "kept": {"clip_t": {"ema": 0.6, "original": 0.7}}}
     assert final_metrics(content) == {
         "test/bias_gender_training": 0.2, "test/floor_gender_training": 0.1, "test/floor_gender_independent": 0.1,
         "test/clip_t": 0.6,
     }  # fmt: skip
+    far = {"ema": side | {"distance": {"total_variation_by_prompt": 0.3}}, "measure": "distance"}
+    unequal = final_metrics(content | {"bias": {"training": {"gender": far}}})
+    assert unequal["test/distance_gender_training"] == 0.3 and unequal["test/bias_gender_training"] == 0.2
