@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
+from fairness_dft.adapters import Name
+from fairness_dft.any_pipeline import AnyPipeline
 from fairness_dft.classifiers import Judge
 from fairness_dft.diffusers_adapter import NoAdapter
 from fairness_dft.html_report import Grid
@@ -42,6 +44,18 @@ class Audit(FairFinetuning):
             for network in self.features:
                 network.load()
             self.loaded = True
+
+    @override
+    @torch.no_grad()
+    def compare(self, batch: PromptBatch, names: Sequence[Name]) -> dict[str, Tensor]:
+        if not isinstance(self.generator, AnyPipeline):
+            return super().compare(batch, names)
+        steps, scale = self.evaluation_sampler.steps, self.evaluation_sampler.guidance_scale
+        drawn = {}
+        for name in names:
+            with self.adapter.using(name):
+                drawn[name] = self.generator.draw(batch.prompt.text, batch.seeds, steps, scale)
+        return drawn
 
     @property
     def models(self) -> list[str]:

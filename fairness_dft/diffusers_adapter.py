@@ -13,6 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from fairness_dft.adapters import Adapter, LoRA, Name
+from fairness_dft.any_pipeline import AnyPipeline
 from fairness_dft.diffusion import TextToImage
 from fairness_dft.loading import one_line, quiet, weights_or_hub
 from fairness_dft.prompt_prefix import PromptPrefix
@@ -67,6 +68,8 @@ class DiffusersAdapter(NoAdapter):
     def attach(self, model: TextToImage) -> None:
         from diffusers import StableDiffusionPipeline
 
+        if isinstance(model, AnyPipeline):
+            return self._attach_to_pipeline(model)
         parts = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
         if missing := [part for part in parts if not hasattr(model, part)]:
             raise ValueError(f"--adapter: the text-to-image model has no {missing[0]}, which diffusers' adapters need")
@@ -90,6 +93,21 @@ class DiffusersAdapter(NoAdapter):
         self.switch("ema")
         model.requires_grad_(False)
 
+    def _attach_to_pipeline(self, model: AnyPipeline) -> None:
+        if self.inversions:
+            raise ValueError(f"--adapter: {self.inversions[0].name!r} is no LoRA, the only adapter of an AnyPipeline")
+        self._model, self._pipeline, self._words = model, model.pipeline, ""
+        try:
+            with quiet():
+                for file in self.lora:
+                    model.pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="ema")
+                    model.pipeline.set_adapters("ema")
+                    self._check_fits(file)
+        except Exception as error:  # each layout raises its own
+            raise ValueError(f"--adapter: {str(self.path)!r} does not fit the model: {one_line(error)}") from error
+        self.switch("ema")
+        model.requires_grad_(False)
+
     def _check_fits(self, file: Path) -> None:
         """Every matrix of the LoRA must have found its layer; diffusers leaves out, in silence, those that do not.
 
@@ -97,12 +115,7 @@ class DiffusersAdapter(NoAdapter):
             ValueError: if one did not.
         """
         held = [key for key in keys(file) if re.search(r"lora[_.](A|B|down|up)\b|_lora\.(down|up)\b", key)]
-        used = [
-            name
-            for part in (self._model.unet, self._model.text_encoder)
-            for name, _ in part.named_parameters()
-            if re.search(r"\.lora_[AB]\.ema\.", name)
-        ]
+        used = [name for name, _ in self._model.named_parameters() if re.search(r"\.lora_[AB]\.ema\.", name)]
         if len(used) < len(held):
             raise ValueError(
                 f"only {len(used)} of the {len(held)} matrices of {file.name} find a layer in it; "

@@ -41,11 +41,13 @@ class TextToImage(nn.Module, ABC):
             state.
         latent_shape: The shape (C, h, w) of one latent.
         prefix: Text that `encode` puts before every prompt but the empty one.
+        trainable: Whether it can be finetuned; if not, it is only looked at.
     """
 
     scheduler: Any
     latent_shape: tuple[int, int, int]
     prefix: str = ""
+    trainable = True
 
     def check(self) -> None:  # noqa: B027  a model that needs nothing from outside is always there
         """Refuses a model that cannot be loaded, without loading it.
@@ -217,7 +219,8 @@ class StableDiffusion(TextToImage):
         if not parts >= PARTS or "text_encoder_2" in parts:
             raise ValueError(
                 f"{self.path!r} is a {index.get('_class_name')}, but must be a StableDiffusionPipeline, as Stable "
-                "Diffusion 1.5 and 2.1 are; of other models, draw images and audit these (--images)"
+                "Diffusion 1.5 and 2.1 are; others are only audited, by "
+                "--model.generator fairness_dft.any_pipeline.AnyPipeline"
             )
 
     def load(self) -> None:

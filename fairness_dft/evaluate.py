@@ -188,6 +188,8 @@ def load(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> None:
         monitor.load()
     find[BiasMonitor].check_names(prompts, cli.model.judge)
     cli.model.configure_model()
+    if cli.trainer.is_global_zero:
+        warn_of_what_is_not_read(cli.model, find[BiasMonitor])
 
 
 def write(cli: EvaluateCLI, content: dict[str, Any], prompts: Sequence[Prompt], loader: Iterable[PromptBatch]) -> None:
@@ -244,6 +246,24 @@ def refuse_no_faces(content: Mapping[str, Any]) -> None:
 def models_of(models: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The summaries of an attribute, without what is told beside them."""
     return [models[model] for model in MODELS if model in models]
+
+
+def warn_of_what_is_not_read(module: Audit, bias: BiasMonitor) -> None:
+    """Tell which attributes no classifier reads, and which classifiers name other classes than the training one."""
+    judges = {"training": module.judge, **bias.others}
+    for name in bias.attributes:
+        if not any(judge.reads(name) for judge in judges.values()):
+            print(f"warning: no classifier reads {name}: nothing is told of it", file=sys.stderr)
+    for name in module.attribute.names:
+        known = set(module.judge.classes(name))
+        for judge, other in bias.others.items():
+            if other.reads(name) and set(other.classes(name)) != known:
+                own, others = ", ".join(sorted(known)), ", ".join(other.classes(name))
+                print(
+                    f"warning: the classifier {judge!r} has other classes of {name} ({others}) than the training one "
+                    f"({own}): it is compared with neither it nor the target",
+                    file=sys.stderr,
+                )
 
 
 def warn_of_few_images(images: int, module: Audit) -> None:

@@ -37,6 +37,11 @@ def main(args: ArgsType = None) -> None:
     seen = [] if unused["test"] else tested_and_trained(data)
     if seen and trainer.is_global_zero:
         print(f"warning: {len(seen)} test prompts are also trained on, such as {seen[0]!r}: {SEEN}", file=sys.stderr)
+    if not module.generator.trainable:
+        raise ValueError(
+            f"--model.generator: {type(module.generator).__name__} is only audited; finetune a "
+            "fairness_dft.diffusion.StableDiffusion"
+        )
     module.generator.check()
     find = {type(callback): callback for callback in trainer.callbacks}
     find[AdapterAverage].check(trainer.max_steps)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fairness_dft.cli import run_main
-from fairness_dft.evaluate import main
+from fairness_dft.evaluate import main, warn_of_what_is_not_read
 from fairness_dft.finished_run import FinishedRun
 from fairness_dft.fit import main as fit
 from fairness_dft.image_store import directory
@@ -299,6 +300,19 @@ def test_a_model_that_changed_under_its_path_is_not_mixed_in(
     assert "is a StableDiffusionXLPipeline, but must be a StableDiffusionPipeline" in refused(
         capsys, [*few, "--name=xl"]
     )
+
+
+def test_what_classifiers_do_not_read_or_call_otherwise_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def judge(**classes: tuple[str, ...]) -> SimpleNamespace:
+        return SimpleNamespace(reads=lambda name: name in classes, classes=classes.get)
+
+    others = {"independent": judge(gender=("woman", "man")), "third": judge(gender=("Male", "Female"))}
+    bias = SimpleNamespace(attributes=("gender", "hair"), others=others)
+    module = SimpleNamespace(judge=judge(gender=("man", "woman")), attribute=SimpleNamespace(names=("gender",)))
+    warn_of_what_is_not_read(module, bias)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "warning: no classifier reads hair: nothing is told of it" and len(told) == 2
+    assert "'third' has other classes of gender (Male, Female) than the training one (man, woman)" in told[1]
 
 
 def test_images_of_prompts_that_name_attributes_tell_obedience(audit: Path, tmp_path: Path) -> None:
