@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -307,10 +308,17 @@ def draw_counts(
     left, counts = np.full(len(points), images), []
     remaining = 1 - np.concatenate([[0], distribution.cumsum()[:-1]])
     for point, share, rest in zip(points.T, distribution[:-1], remaining[:-1], strict=True):
-        drawn = binom.ppf(point, left, min(share / rest, 1))
-        counts.append(np.maximum(drawn, 0).astype(np.int64))  # the quantile of 0 is -1
+        below = binomial_table(images, min(float(share / rest), 1.0))[left] < point[:, None]
+        counts.append(below.sum(axis=1))
         left = left - counts[-1]
     return np.unique(np.stack([*counts, left], axis=1), axis=0, return_counts=True)
+
+
+@lru_cache(maxsize=64)
+def binomial_table(images: int, share: float) -> np.ndarray:
+    """P(m ≤ j) of m ~ Binomial(i, share), for i and j from 0 to n, with shape (n + 1, n + 1); not to be changed."""
+    every = np.arange(images + 1)
+    return binom.cdf(every, every[:, None], share)
 
 
 def _checked_target(target: Tensor | Sequence[float], attributes: int) -> np.ndarray:
