@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fairness_dft.classifiers import Verdict
-from fairness_dft.gradients import authors_weights
+from fairness_dft.gradients import authors_weights, scale_gradient
 from fairness_dft.losses import alignment_loss
 from fairness_dft.module import FairFinetuning
 from fairness_dft.originals import Original
@@ -99,7 +99,9 @@ def authors_step(
         original = Original(rows_of(verdict, part), [feature[part] for feature in features])
         with blocks_again(module):
             images = sample(module, prompt, noise[part], steps)
+            scales = torch.ones_like(images[:, :1])
+            embeddings = module.embed(scale_gradient(images, scales))
             found = module.judge(images)
             loss = sum(alignment_loss(found.logits[name], alignment) for name, alignment in own.items())
-            semantics = module.image_semantics(images, found, original, own) * len(images) / len(noise)
+            semantics = module.image_semantics(embeddings, scales, found, original, own) * len(images) / len(noise)
             backward(loss + module.semantics_weight * semantics)

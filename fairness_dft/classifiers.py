@@ -6,8 +6,9 @@ is one, named by `attribute`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -243,8 +244,21 @@ class Judge(nn.Module):
 
     def forward(self, images: Tensor) -> Verdict:
         """Judge images with shape (N, 3, H, W), in [0, 1]; differentiable in the logits."""
+        return self.begin(images)()
+
+    def begin(self, images: Tensor) -> Callable[[], Verdict]:
+        """Begin to find the faces, as `FaceFinder.begin` does; the function returned waits for them and classifies."""
         if self.asks_itself:
-            logits = self.classifier(images)
-            return Verdict(logits, self.faces.present(logits), whole_frame_boxes(images))
-        faces = self.faces(images)
-        return Verdict(self.classifier(faces.crops), faces.mask, faces.boxes, faces.landmarks)
+            return partial(self.look_once, images)
+        find = self.faces.begin(images)
+
+        def verdict() -> Verdict:
+            faces = find()
+            return Verdict(self.classifier(faces.crops), faces.mask, faces.boxes, faces.landmarks)
+
+        return verdict
+
+    def look_once(self, images: Tensor) -> Verdict:
+        """Judge images by the one network that finds the faces and classifies them."""
+        logits = self.classifier(images)
+        return Verdict(logits, self.faces.present(logits), whole_frame_boxes(images))

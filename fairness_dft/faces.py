@@ -17,9 +17,10 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -78,6 +79,16 @@ class FaceFinder(nn.Module, ABC):
             images: with shape (N, 3, H, W), in [0, 1].
         """
 
+    def begin(self, images: Tensor) -> Callable[[], Faces]:
+        """Begin to find faces, for a caller who can use the time; the function returned waits for them.
+
+        A finder that works on the CPU begins at once, while a GPU goes on; another one when it is waited for.
+
+        Args:
+            images: as of `forward`, and so is what the function returns.
+        """
+        return partial(self, images)
+
     def every(self, images: Tensor) -> tuple[Faces, Tensor]:
         """All faces, instead of the largest of each image; an image without one has a row that the mask leaves out.
 
@@ -134,41 +145,72 @@ class DetectedFaces(FaceFinder):
 
     @override
     def forward(self, images: Tensor) -> Faces:
-        boxes, landmarks, mask, _ = self.detect(images)
-        return Faces(square_crops(images, boxes, self.size, self.margin), boxes, mask, landmarks)
+        return self.begin(images)()
+
+    @override
+    def begin(self, images: Tensor) -> Callable[[], Faces]:
+        detect = self.detect(images)
+
+        def faces() -> Faces:
+            boxes, landmarks, mask, _ = detect()
+            return Faces(square_crops(images, boxes, self.size, self.margin), boxes, mask, landmarks)
+
+        return faces
 
     @override
     def every(self, images: Tensor) -> tuple[Faces, Tensor]:
-        boxes, landmarks, mask, owners = self.detect(images, all_faces=True)
+        boxes, landmarks, mask, owners = self.detect(images, all_faces=True)()
         return Faces(square_crops(images[owners], boxes, self.size, self.margin), boxes, mask, landmarks), owners
 
-    def detect(self, images: Tensor, all_faces: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Boxes, landmarks and mask, as in `Faces`, and the image of each row.
+    def detect(self, images: Tensor, all_faces: bool = False) -> Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Begin to detect faces in threads; the function returned waits for them.
 
-        The images go to the CPU, and what is found comes back, once for the whole batch.
+        The images go to the CPU, and what is found comes back, once for the whole batch. A GPU is waited for only by
+        the threads.
 
         Args:
             images: with shape (N, 3, H, W), in [0, 1].
             all_faces: a row for each face, instead of one for each image's largest.
+
+        Returns:
+            What gives boxes, landmarks and mask, as in `Faces`, and the image of each row.
         """
-        pictures = torch.nan_to_num(images.detach().float()).clamp(0, 1).mul(255).round().byte()
-        pictures = pictures.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        height, width = pictures.shape[1:3]
+        pixels = torch.nan_to_num(images.detach().float()).clamp(0, 1).mul(255).round().byte()
+        pictures, arrived = on_the_way(pixels.flip(1).permute(0, 2, 3, 1).contiguous())
+        pool = ThreadPoolExecutor(torch.get_num_threads())
+        searches = [pool.submit(lambda picture: arrived() or self.find(picture), picture) for picture in pictures]
+        pool.shutdown(wait=False)
+        height, width = images.shape[2:]
         nowhere = np.ravel(ALIGNED_LANDMARKS) * (min(height, width) / ALIGNED_SIZE)
-        rows: list[list[float]] = []
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for image, found in enumerate(pool.map(self.find, pictures)):
-                for box, landmarks in found if all_faces else found[:1]:
-                    rows.append([*box, *landmarks.ravel(), 1, image])
-                if not found:
-                    rows.append([0, 0, width, height, *nowhere, 0, image])
-        values = torch.tensor(rows, dtype=torch.float32).reshape(-1, 16).to(images.device)
-        return values[:, :4], values[:, 4:14].unflatten(1, (5, 2)), values[:, 14] > 0, values[:, 15].long()
+
+        def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            found: list[list[float]] = []
+            for image, search in enumerate(searches):
+                faces = search.result()
+                for box, landmarks in faces if all_faces else faces[:1]:
+                    found.append([*box, *landmarks.ravel(), 1, image])
+                if not faces:
+                    found.append([0, 0, width, height, *nowhere, 0, image])
+            values = torch.tensor(found, dtype=torch.float32).reshape(-1, 16).to(images.device)
+            return values[:, :4], values[:, 4:14].unflatten(1, (5, 2)), values[:, 14] > 0, values[:, 15].long()
+
+        return rows
 
     def find(self, picture: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Box and landmarks of all faces, the largest first, by the first detector that sees one."""
         found = (detector.detect(picture).faces() for detector in self.detectors)
         return next((faces for faces in found if faces), [])
+
+
+def on_the_way(values: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
+    """A copy on the CPU that may still be under way, and what waits until it is there."""
+    if values.device.type != "cuda":
+        return values.cpu().numpy(), lambda: None
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copy.numpy(), event.synchronize
 
 
 def square_crops(images: Tensor, boxes: Tensor, size: int, margin: float = 0.5) -> Tensor:

@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fairness_dft.gradients import scale_gradient
-
 
 @dataclass(frozen=True)
 class Alignment:
@@ -139,14 +137,17 @@ def face_realism_loss(embeddings: Tensor, references: Tensor, seen: Tensor, tota
     return distances.sum() * world_size / total
 
 
-def scale_face_gradient(images: Tensor, boxes: Tensor, other_boxes: Tensor, scales: Tensor) -> Tensor:
-    """Images unchanged; the gradient inside the face region is scaled.
+def face_gradient_scales(images: Tensor, boxes: Tensor, other_boxes: Tensor, scales: Tensor) -> Tensor:
+    """What the gradient at each pixel is multiplied by: inside the face region a scale, elsewhere 1.
 
     Args:
         images: x, with shape (N, 3, H, W).
         boxes: face boxes of x (left, top, right, bottom in pixels), with shape (N, 4).
         other_boxes: face boxes of o, likewise; the face region is the intersection of both.
         scales: the scale of each image, with shape (N,), in [0, 1].
+
+    Returns:
+        Float with shape (N, 1, H, W), in [0, 1].
     """
     left, top = torch.maximum(boxes[:, :2], other_boxes[:, :2]).unbind(1)
     right, bottom = torch.minimum(boxes[:, 2:], other_boxes[:, 2:]).unbind(1)
@@ -155,4 +156,4 @@ def scale_face_gradient(images: Tensor, boxes: Tensor, other_boxes: Tensor, scal
     inside_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
     inside_columns = (columns >= left[:, None]) & (columns < right[:, None])
     region = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
-    return scale_gradient(images, torch.where(region, scales[:, None, None, None], 1.0))
+    return torch.where(region, scales[:, None, None, None], 1.0)

@@ -25,14 +25,15 @@ from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import Judge, Verdict
 from fairness_dft.diffusion import TextToImage
 from fairness_dft.features import FaceRealism, FeatureNet
+from fairness_dft.gradients import scale_gradient
 from fairness_dft.losses import (
     Alignment,
     alignment_loss,
     dynamic_weights,
+    face_gradient_scales,
     face_realism_loss,
     face_references,
     must_change,
-    scale_face_gradient,
     semantics_loss,
 )
 from fairness_dft.metrics import class_bias, finite_sample_floor
@@ -186,13 +187,16 @@ class FairFinetuning(LightningModule):
         original = self.original(batch, noise, steps)
         images = self.sampler(self.generator, batch.prompt.text, noise, steps, random)
 
-        verdict = self.judge(images)
+        looking = self.judge.begin(images)  # on the CPU, while a GPU embeds the images
+        scales = torch.ones_like(images[:, :1])
+        embeddings = self.embed(scale_gradient(images, scales))
+        verdict = looking()
         alignments = self.assign(verdict, self.target(batch.prompt), random)
         align = {
             name: alignment_loss(verdict.logits[name], alignment, self.trainer.world_size)
             for name, alignment in alignments.items()
         }
-        semantics = self.image_semantics(images, verdict, original, alignments)
+        semantics = self.image_semantics(embeddings, scales, verdict, original, alignments)
         loss = sum(align.values()) + self.semantics_weight * semantics
         if self.face_realism:
             loss = loss + self.face_realism.weight * self.realism(images, verdict, original, alignments)
@@ -281,9 +285,14 @@ class FairFinetuning(LightningModule):
     def look_at_original(self, batch: PromptBatch, noise: Tensor, steps: int) -> Original:
         """Sample the frozen model's images, and keep what training needs to know of them."""
         images = self.generate("original", self.sampler, batch, noise, steps)
-        features = [self.sampler.in_chunks(network, images) for network in self.features]
-        verdict = self.judge(images)
+        looking = self.judge.begin(images)
+        features = self.embed(images)
+        verdict = looking()
         return Original(verdict, features, self.embed_faces(images, verdict))
+
+    def embed(self, images: Tensor) -> list[Tensor]:
+        """Embeddings by each feature network, with shapes (N, D)."""
+        return [self.sampler.in_chunks(network, images) for network in self.features]
 
     def assign(self, verdict: Verdict, target: Tensor, random: torch.Generator) -> dict[str, Alignment]:
         """Optimal-transport targets of the global batch for each attribute, and this rank's share of them."""
@@ -311,9 +320,23 @@ class FairFinetuning(LightningModule):
         return self.all_gather(values).flatten(0, 1) if self.trainer.world_size > 1 else values
 
     def image_semantics(
-        self, images: Tensor, verdict: Verdict, original: Original, alignments: dict[str, Alignment]
+        self,
+        embeddings: Sequence[Tensor],
+        scales: Tensor,
+        verdict: Verdict,
+        original: Original,
+        alignments: dict[str, Alignment],
     ) -> Tensor:
-        """L_img of this batch."""
+        """L_img of this batch.
+
+        Args:
+            embeddings: of the images, by each feature network, with shapes (N, D).
+            scales: what the gradient of the embeddings at each pixel is multiplied by, with shape (N, 1, H, W); it is
+                filled in here, as the images are embedded before their faces are known.
+            verdict: on the images.
+            original: what is known of the frozen model's.
+            alignments: the targets.
+        """
         before = original.verdict
         both_faces = verdict.face & before.face
         changing = [must_change(chosen, before.classes(name), both_faces) for name, chosen in alignments.items()]
@@ -321,11 +344,9 @@ class FairFinetuning(LightningModule):
             dynamic_weights(changing, [self.attribute.setting(factor, name) for name in alignments])
             for factor in ("factor1", "factor2")
         )
-        images = scale_face_gradient(images, verdict.boxes, before.boxes, factor2)
-        pairs = zip(self.features, original.features, strict=True)
-        embed = self.sampler.in_chunks
-        similarities = [(embed(network, images) * reference).sum(-1) for network, reference in pairs]
-        return semantics_loss(similarities, factor1)
+        scales.copy_(face_gradient_scales(scales, verdict.boxes, before.boxes, factor2))
+        pairs = zip(embeddings, original.features, strict=True)
+        return semantics_loss([(embedding * reference).sum(-1) for embedding, reference in pairs], factor1)
 
     def embed_faces(self, images: Tensor, verdict: Verdict) -> Tensor | None:
         """Embeddings of the aligned faces, with shape (N, D), where face realism asks for them."""

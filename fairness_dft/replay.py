@@ -101,7 +101,7 @@ class _WayBack:
             scales, branches = scales[1:], branches[1:]
         conditionings = torch.stack([branch.detach() for branch in branches]).requires_grad_()
         latents = torch.stack([call.latents for call in self.calls])
-        timesteps = torch.stack([call.timestep for call in self.calls]).to(gradient.device)
+        timesteps = torch.stack([call.timestep for call in self.calls])
         weights = torch.tensor([[call.weight * scale for scale in scales] for call in self.calls], dtype=torch.double)
         weights = weights.to(gradient)
 

@@ -146,19 +146,20 @@ class Sampler:
 
         scheduler = copy.deepcopy(model.scheduler)  # it keeps the history of its multistep solver
         scheduler.set_timesteps(steps)  # on the CPU, where its lookups do not make a GPU wait
+        timesteps = scheduler.timesteps.to(noise.device)  # and here, so that none is copied within the loop
         replays = self.checkpoint and not self.gradient.coupled and torch.is_grad_enabled()
         weights = self._weights(model.scheduler, steps, len(scheduler.timesteps), replays, generator)
         calls: list[Call] = []
 
         sources = noise_sources(scheduler, noise)
         latents = noise * scheduler.init_noise_sigma
-        for timestep, weight in zip(scheduler.timesteps, weights, strict=True):
-            inputs = scheduler.scale_model_input(latents, timestep)
+        for t, timestep, weight in zip(scheduler.timesteps, timesteps, weights, strict=True):
+            inputs = scheduler.scale_model_input(latents, t)
             if replays and weight is not None:
                 calls.append(Call(inputs, timestep, weight))
             scale = None if replays else weight
             prediction = self._predict(model, inputs, timestep, conditioning, unconditional, scale)
-            latents = scheduler.step(prediction, timestep, latents, **sources).prev_sample
+            latents = scheduler.step(prediction, t, latents, **sources).prev_sample
         if replays:
             rows = self.images_at_once or len(noise)
             latents = replayed(latents, calls, model, conditioning, unconditional, self.guidance_scale, rows)

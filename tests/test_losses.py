@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from fairness_dft.gradients import scale_gradient
 from fairness_dft.losses import (
     Alignment,
     alignment_loss,
     dynamic_weights,
+    face_gradient_scales,
     face_realism_loss,
     face_references,
     must_change,
-    scale_face_gradient,
     semantics_loss,
 )
 
@@ -130,7 +131,8 @@ def face_gradient(box: list[float], other: list[float], scale: float = 0.2) -> T
     """The factor that each pixel of a 6×8 image's gradient is multiplied by."""
     images = torch.rand(1, 3, 6, 8, requires_grad=True)
     upstream = torch.randn(1, 3, 6, 8)
-    scaled = scale_face_gradient(images, torch.tensor([box]), torch.tensor([other]), torch.tensor([scale]))
+    scales = face_gradient_scales(images, torch.tensor([box]), torch.tensor([other]), torch.tensor([scale]))
+    scaled = scale_gradient(images, scales)
     torch.testing.assert_close(scaled, images, rtol=0, atol=0)
     scaled.backward(upstream)
     factors = images.grad / upstream
@@ -182,7 +184,8 @@ def test_every_image_has_its_own_region() -> None:
     images = torch.rand(3, 3, 4, 4, requires_grad=True)
     boxes = torch.tensor([[0.0, 0, 2, 2], [2, 2, 4, 4], [0, 0, 4, 4]])
     whole = torch.tensor([[0.0, 0, 4, 4]]).expand(3, 4)
-    scale_face_gradient(images, boxes, whole, torch.tensor([0.0, 0.0, 1.0])).sum().backward()
+    scales = face_gradient_scales(images, boxes, whole, torch.tensor([0.0, 0.0, 1.0]))
+    scale_gradient(images, scales).sum().backward()
     expected = torch.ones(3, 3, 4, 4)
     expected[0, :, :2, :2] = 0
     expected[1, :, 2:, 2:] = 0
@@ -191,8 +194,8 @@ def test_every_image_has_its_own_region() -> None:
 
 def test_no_images_are_no_trouble() -> None:
     nothing = torch.zeros(0, 4)
-    scaled = scale_face_gradient(torch.rand(0, 3, 4, 4), nothing, nothing, torch.ones(0))
-    assert scaled.shape == (0, 3, 4, 4)
+    scales = face_gradient_scales(torch.rand(0, 3, 4, 4), nothing, nothing, torch.ones(0))
+    assert scales.shape == (0, 1, 4, 4)
 
 
 def unit(*shape: int) -> Tensor:

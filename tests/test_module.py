@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 from math import comb
+from threading import Event
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import ImageClassifier, Judge, Verdict
-from fairness_dft.detectors import InsightFace
+from fairness_dft.detectors import FaceDetector, InsightFace
 from fairness_dft.faces import DetectedFaces, WholeFrame
 from fairness_dft.features import NETWORK, Clip, FaceEmbedding, FaceRealism
 from fairness_dft.losses import Alignment
@@ -104,6 +105,38 @@ def test_training_step_is_the_algorithm_written_out(module, monkeypatch):
     assert logged["batch/bias"] == pytest.approx(abs(2 * women - faces) / faces)
     chance = sum(abs(2 * heads - faces) * comb(faces, heads) for heads in range(faces + 1)) / 2**faces
     assert logged["batch/floor"] == pytest.approx(chance / faces)
+
+
+class Waiting(FaceDetector):
+    """Sees a picture only once the images have been embedded."""
+
+    def __init__(self):
+        self.detector, self.embedded = InsightFace(str(PORTRAITS / "detector"), size=(64, 64)), Event()
+
+    def load(self):
+        self.detector.load()
+
+    def detect(self, picture):
+        assert self.embedded.wait(timeout=60), "the images are embedded after their faces are found"
+        return self.detector.detect(picture)
+
+
+def test_faces_are_detected_while_images_are_embedded(module, monkeypatch):
+    """A detector that waits for the embeddings finds what one that does not wait finds, of both models' images."""
+    batch, waiting = first_batch(), Waiting()
+    record(monkeypatch, module, {})
+    monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+    wanted = module.training_step(batch, 0)
+    module.judge.faces.detectors = [waiting]
+    waiting.load()
+    module.features[-1].register_forward_hook(lambda *_: waiting.embedded.set())
+    looks = []
+    monkeypatch.setattr(
+        module.judge.faces, "begin", lambda images: (waiting.embedded.clear(), looks.append(len(images)),
+                                                     type(module.judge.faces).begin(module.judge.faces, images))[-1],
+    )  # fmt: skip
+    torch.testing.assert_close(module.training_step(batch, 0), wanted)
+    assert looks == [6, 6]
 
 
 def test_joint_training_step_is_the_algorithm_written_out(monkeypatch):
@@ -202,13 +235,13 @@ def test_a_batch_without_any_face_trains_on_semantics_alone(module, monkeypatch)
     record(monkeypatch, module, logged)
     monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
     judge = type(module.judge)
-    blind = judge.forward
+    begin = judge.begin
 
     def faceless(self, images):
-        verdict = blind(self, images)
-        return Verdict(verdict.logits, torch.zeros_like(verdict.face), verdict.boxes)
+        verdict = begin(self, images)()
+        return lambda: Verdict(verdict.logits, torch.zeros_like(verdict.face), verdict.boxes)
 
-    monkeypatch.setattr(judge, "forward", faceless)
+    monkeypatch.setattr(judge, "begin", faceless)
     loss = module.training_step(first_batch(), 0)
     loss.backward()
     assert not {"loss/alignment", "batch/bias", "batch/floor"} & logged.keys()  # an average over nothing is not zero

@@ -1,8 +1,10 @@
 """The sampler against finite differences, sums worked out by hand, and `StableDiffusionPipeline` itself."""
 
 import copy
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
+from unittest.mock import Mock
 
 import diffusers
 import pytest
@@ -11,6 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from jsonargparse import ArgumentError, ArgumentParser
 from tiny import build_tiny_pipeline
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairness_dft.adapters import TextEncoderLoRA
 from fairness_dft.diffusion import StableDiffusion, TextToImage
@@ -361,3 +364,62 @@ def test_half_precision_weights_leave_latents_and_gradients_in_float32(folder: P
     images.sum().backward()
     assert images.dtype == torch.float32 and images.isfinite().all()
     assert all(parameter.grad.dtype == torch.float32 for parameter in adapter.parameters())
+
+
+class Stay(TorchDispatchMode):
+    """Refuses to copy a tensor from one device to another once the network has been called, until decoding."""
+
+    inside = False
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        target = (options or {}).get("device")
+        if self.inside and function is torch.ops.aten._to_copy.default and target is not None:
+            assert arguments[0].device == torch.device(target), "copied within the loop"
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS[:3])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_sampling_and_its_way_back_make_no_gpu_wait(
+    folder: Path, scheduler: str, checkpoint: bool, monkeypatch
+) -> None:
+    """On a device whose tensors have no values, who asks for one fails; so does who copies between the calls."""
+    monkeypatch.setattr("fairness_dft.sampler.noise_sources", lambda *_: {})  # read once, before the loop
+    monkeypatch.setattr("fairness_dft.replay._Precision", Mock(return_value=Mock(autocast=nullcontext)))
+    model, adapter = StableDiffusion(str(folder), scheduler), TextEncoderLoRA(rank=2)
+    model.load()
+    adapter.attach(model)
+    model.to("meta")
+    guided, decode = model.guided, model.decode
+    with Stay() as stay:
+        monkeypatch.setattr(model, "guided", lambda *inputs: setattr(stay, "inside", True) or guided(*inputs))
+        monkeypatch.setattr(model, "decode", lambda latents: setattr(stay, "inside", False) or decode(latents))
+        images = Sampler(steps=3, checkpoint=checkpoint)(model, "a chef", model.noise(torch.arange(3)))
+    with pytest.raises(RuntimeError, match="meta"):
+        images.max().item()
+    images.sum().backward()
+    assert all(parameter.grad.device.type == "meta" for parameter in adapter.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_gpu_is_not_waited_for_while_sampling(folder: Path, checkpoint: bool, monkeypatch) -> None:
+    """What is done before the first and after the last call of the network may wait; between them nothing does."""
+    model, trained = StableDiffusion(str(folder)), TextEncoderLoRA(rank=2)
+    model.load()
+    trained.attach(model)
+    model.to("cuda")
+    calls, guided, decode = [], model.guided, model.decode
+
+    def called(*arguments):
+        calls.append(torch.cuda.set_sync_debug_mode("error"))
+        return guided(*arguments)
+
+    monkeypatch.setattr(model, "guided", called)
+    monkeypatch.setattr(model, "decode", lambda latents: torch.cuda.set_sync_debug_mode("default") or decode(latents))
+    sampler = Sampler(steps=4, checkpoint=checkpoint)
+    try:
+        sampler(model, "a chef", model.noise(torch.arange(3))).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 4 and all(parameter.grad.isfinite().all() for parameter in trained.parameters())
