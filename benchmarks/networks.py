@@ -91,6 +91,7 @@ class RandomStableDiffusion(StableDiffusion):
             network.to(memory_format=torch.channels_last)
         self.latent_shape = (4, *self._latent_size())
         self.to(self.weights_dtype).requires_grad_(False).eval()
+        self.compile_blocks()
 
 
 class RandomClip(Clip):
@@ -133,22 +134,24 @@ class RandomClassifier(ImageClassifier):
         self.heads = {"gender": ("woman", "man")}
 
 
-def parts(scale: Scale, weights_dtype: str = "float32") -> dict:
+def parts(scale: Scale, weights_dtype: str = "float32", compiled: bool = False) -> dict:
     """The arguments of `FairFinetuning` that say what is trained, by what, towards what.
 
     Args:
         scale: what to build.
         weights_dtype: of the frozen generator.
+        compiled: whether its transformer blocks are.
     """
+    options = dict(resolution=scale.resolution, weights_dtype=weights_dtype, compile=compiled)
     common = dict(adapter=TextEncoderLoRA(rank=50), attribute=Attribute("gender", confidence=0.55), weight_decay=0.0)
     if scale.networks == "miniature":
         return common | dict(
-            generator=StableDiffusion(f"{PORTRAITS}/pipeline", weights_dtype=weights_dtype),
+            generator=StableDiffusion(f"{PORTRAITS}/pipeline", **options),
             judge=judges(resolve(PORTRAITS))["training"],
             features=[Clip(f"{PORTRAITS}/clip"), Dino(f"{PORTRAITS}/dino")],
         )
     return common | dict(
-        generator=RandomStableDiffusion("random", resolution=scale.resolution, weights_dtype=weights_dtype),
+        generator=RandomStableDiffusion("random", **options),
         judge=Judge(RandomClassifier("random")),
         features=[RandomClip("random"), RandomDino("random")],
     )

@@ -151,11 +151,15 @@ class Comparison(FairFinetuning):
             if counter:
                 way.operations = counter.get_total_flops() / self.sampling_pass(batch)
             return
-        seconds, memory = measured(step, self.device)
+        seconds, memory = self.take(step)
         print(f"{name}: {seconds:.3f} s, {memory / 2**20:.0f} MiB", file=sys.stderr, flush=True)
         way.seconds.append(seconds)
         way.memory = max(way.memory, memory)
         self.compare(way)
+
+    def take(self, step: Callable[[], None]) -> tuple[float, int]:
+        """Take a step that is measured: its seconds and bytes."""
+        return measured(step, self.device)
 
     def compare(self, way: Way) -> None:
         """Set the gradient beside the authors' of this round."""
@@ -235,22 +239,39 @@ class OneBatch(LightningDataModule):
         return DataLoader([self.batch] * self.batches, batch_size=None)
 
 
-def measure(scale: Scale, compared: dict[str, Way], options: argparse.Namespace) -> None:
-    """Fill in what the ways are measured to be."""
+def measure(
+    scale: Scale,
+    compared: dict[str, Way],
+    options: argparse.Namespace,
+    processes: int = 1,
+    kind: type[Comparison] = Comparison,
+) -> Comparison:
+    """Fill in what the ways are measured to be, and return what took them."""
     warm_up = not options.only
     batches = (options.rounds + warm_up) * len(compared)
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     with torch.device("cuda" if accelerator == "gpu" and scale.networks == "sd15" else "cpu"):
-        arguments = parts(scale, options.weights) | dict(sampler=Sampler(scale.steps))
-        module = Comparison(scale, compared, warm_up, not options.no_count, **arguments)
+        arguments = parts(scale, options.weights, options.compile) | dict(sampler=Sampler(scale.steps))
+        module = kind(scale, compared, warm_up, not options.no_count, **arguments)
         module.configure_model()
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(
-        accelerator=accelerator, devices=1, max_epochs=1, limit_val_batches=0, precision=options.precision, **off
-    )
+        accelerator=accelerator, devices=processes, strategy="auto" if processes == 1 else "ddp", max_epochs=1,
+        limit_val_batches=0, precision=options.precision, use_distributed_sampler=False, **off,
+    )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no validation and few workers are meant
         trainer.fit(module, OneBatch(scale.images, batches))
+    return module
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every measurement of steps."""
+    parser.add_argument("--scale", choices=SCALES, default="miniature")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed ones, after one that is not")
+    parser.add_argument("--precision", default="32-true", help="of the trainer, such as bf16-mixed or 16-mixed")
+    parser.add_argument("--weights", default="float32", help="data type of the frozen generator")
+    parser.add_argument("--compile", action="store_true", help="compile the U-Net's transformer blocks")
 
 
 def positive(text: str) -> int:
@@ -263,10 +284,7 @@ def positive(text: str) -> int:
 def main() -> None:
     """Measure, print a table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=SCALES, default="miniature")
-    parser.add_argument("--rounds", type=positive, default=5, help="timed ones, after one that is not")
-    parser.add_argument("--precision", default="32-true", help="of the trainer, such as bf16-mixed or 16-mixed")
-    parser.add_argument("--weights", default="float32", help="data type of the frozen generator")
+    add_options(parser)
     parser.add_argument("--images", type=positive, help="another N")
     parser.add_argument("--micro-batch", type=positive, help="another micro-batch")
     parser.add_argument("--steps", type=positive, help="another T")
@@ -299,7 +317,11 @@ def main() -> None:
                 command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             ).stdout
             way.memory = json.loads(printed.splitlines()[-1])
-    show(compared, f"{options.scale}: {scale}, {options.precision}, weights in {options.weights}, {machine()}")
+    show(
+        compared,
+        f"{options.scale}: {scale}, {options.precision}, weights in {options.weights}, {machine()}"
+        + ", compiled" * options.compile,
+    )
     if options.output:
         figures = {name: figures_of(way) for name, way in compared.items()}
         options.output.write_text(json.dumps({"machine": machine(), "scale": str(scale), "ways": figures}, indent=1))

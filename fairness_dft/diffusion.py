@@ -249,6 +249,10 @@ class StableDiffusion(TextToImage):
             network.to(memory_format=torch.channels_last)  # convolutions are faster so
         self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
         self.requires_grad_(False).eval()
+        self.compile_blocks()
+
+    def compile_blocks(self) -> None:
+        """Compiles the transformer blocks of the U-Net, if that was asked for."""
         if self.compiled:
             # Blocks of three widths, with and without a graph, adapter on and off: dynamo's own limit is 8.
             torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)

@@ -24,9 +24,8 @@ def compared():
     scale = step.Scale("miniature", 64, images=4, micro_batch=2, sampling_batch=4, steps=2, guidance_scale=1.75)
     ways = {name: way for name, way in step.ways(scale).items() if name in WAYS}
     torch.manual_seed(0)
-    step.measure(
-        scale, ways, argparse.Namespace(only=None, rounds=1, no_count=False, weights="float32", precision="32")
-    )
+    options = dict(only=None, rounds=1, no_count=False, weights="float32", precision="32", compile=False)
+    step.measure(scale, ways, argparse.Namespace(**options))
     return ways
 
 
