@@ -1,8 +1,9 @@
 """What is measured: the miniature with its own weights, or networks of real sizes with random ones.
 
 Time and memory do not depend on what the weights are, so Stable Diffusion 1.5, CLIP ViT-H/14 and DINOv2 ViT-B/14 are
-built from their published configurations. No face is found in noise, so the whole frame is classified, by a MobileNetV2
-of 224 px in place of the authors' MobileNetV3.
+built from their published configurations; for two CPU cores CLIP ViT-B/32 and DINOv2 ViT-S/14, which always see 224 px,
+so that the U-Net at 128 px is most of a step there too. No face is found in noise, so the whole frame is classified, by
+a MobileNetV2 of 224 px in place of the authors' MobileNetV3.
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Scale:
         sampling_batch: and where it does not.
         steps: T.
         guidance_scale: s.
+        features: CLIP and DINOv2 of these sizes, where the networks are not the miniature's.
     """
 
     networks: Literal["miniature", "sd15"]
@@ -45,13 +47,26 @@ class Scale:
     sampling_batch: int
     steps: int
     guidance_scale: float
+    features: tuple[str, str] = ("ViT-H/14", "ViT-B/14")
 
+
+CLIPS = {
+    "ViT-H/14": dict(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
+        projection_dim=1024, hidden_act="gelu",
+    ),
+    "ViT-B/32": dict(),
+}  # fmt: skip
+DINOS = {"ViT-B/14": dict(), "ViT-S/14": dict(hidden_size=384, num_attention_heads=6)}
 
 SCALES = {
     "miniature": Scale("miniature", 64, images=8, micro_batch=8, sampling_batch=8, steps=8, guidance_scale=1.75),
-    "sd15-cpu": Scale("sd15", 128, images=2, micro_batch=1, sampling_batch=1, steps=4, guidance_scale=7.5),
+    "sd15-cpu": Scale(
+        "sd15", 128, images=2, micro_batch=1, sampling_batch=1, steps=4, guidance_scale=7.5,
+        features=("ViT-B/32", "ViT-S/14"),
+    ),
     "sd15-gpu": Scale("sd15", 512, images=24, micro_batch=4, sampling_batch=8, steps=20, guidance_scale=7.5),
-}
+}  # fmt: skip
 
 
 class RandomStableDiffusion(StableDiffusion):
@@ -95,29 +110,26 @@ class RandomStableDiffusion(StableDiffusion):
 
 
 class RandomClip(Clip):
-    """The vision tower of CLIP ViT-H/14, with random weights."""
+    """The vision tower of a CLIP, with random weights; its path says of which size."""
 
     @override
     def load(self) -> None:
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-        config = CLIPVisionConfig(
-            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
-            projection_dim=1024, hidden_act="gelu",
-        )  # fmt: skip
         self.preprocessing = Preprocessing((224, 224), MEAN, DEVIATION, "bicubic")
-        self.network = CLIPVisionModelWithProjection(config).requires_grad_(False).eval()
+        self.network = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIPS[self.path])).requires_grad_(False).eval()
 
 
 class RandomDino(Dino):
-    """DINOv2 ViT-B/14, with random weights."""
+    """DINOv2 with random weights; its path says of which size."""
 
     @override
     def load(self) -> None:
         from transformers import Dinov2Config, Dinov2Model
 
         self.preprocessing = Preprocessing((224, 224), MEAN, DEVIATION, "bicubic")
-        self.network = Dinov2Model(Dinov2Config(image_size=518, patch_size=14)).requires_grad_(False).eval()
+        config = Dinov2Config(image_size=518, patch_size=14, **DINOS[self.path])
+        self.network = Dinov2Model(config).requires_grad_(False).eval()
 
 
 class RandomClassifier(ImageClassifier):
@@ -150,8 +162,9 @@ def parts(scale: Scale, weights_dtype: str = "float32", compiled: bool = False) 
             judge=judges(resolve(PORTRAITS))["training"],
             features=[Clip(f"{PORTRAITS}/clip"), Dino(f"{PORTRAITS}/dino")],
         )
+    clip, dino = scale.features
     return common | dict(
         generator=RandomStableDiffusion("random", **options),
         judge=Judge(RandomClassifier("random")),
-        features=[RandomClip("random"), RandomDino("random")],
+        features=[RandomClip(clip), RandomDino(dino)],
     )

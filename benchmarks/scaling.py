@@ -11,7 +11,8 @@ fitted,
 where `calls` counts calls of the denoising network on one image in one branch of guidance, a way back as one call:
 2 N T to sample, as many for the originals, and 2 N K to make calls again and 2 N K on the way back; and `images` how
 many are decoded, embedded and classified: N, twice where the originals are. a is the time of one call; b and c are what
-is left. Rows of another resolution or with several processes are predicted, not fitted.
+is left. Rows of another resolution or with several processes are predicted, a and b in proportion to the pixels, not
+fitted.
 """
 
 import argparse
@@ -129,7 +130,11 @@ def measured(setting: Setting, options: argparse.Namespace) -> Row:
 
 def fit(rows: list[Row], base: Setting) -> tuple[np.ndarray, list[float]]:
     """The model's a, b and c, from the rows of the base's resolution on one process, and what it predicts of all."""
-    features = lambda row, cold: (row.setting.calls(cold), row.setting.looks(cold), 1)  # noqa: E731
+
+    def features(row: Row, cold: bool) -> tuple[float, float, float]:
+        area = (row.setting.resolution / base.resolution) ** 2
+        return row.setting.calls(cold) * area, row.setting.looks(cold) * area, 1
+
     fitted = [row for row in rows if (row.setting.resolution, row.setting.processes) == (base.resolution, 1)]
     seconds = [row.seconds[name] for row in fitted for name in ("warm", "cold")]
     matrix = np.array([features(row, cold) for row in fitted for cold in (False, True)], dtype=float)
@@ -154,7 +159,7 @@ def main() -> None:
         return
     rows = [measured(setting, options) for setting in settings(options.scale)]
     found, predicted = fit(rows, rows[0].setting)
-    show(rows, found, predicted, f"{options.scale}, {options.precision}, {options.threads} threads, {machine()}")
+    show(rows, found, predicted, f"{options.scale}, {options.precision}, {machine(options.threads)}")
     if options.output:
         options.output.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 

@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=positive, help="another micro-batch")
     parser.add_argument("--steps", type=positive, help="another T")
     parser.add_argument("--no-count", action="store_true", help="do not count floating point operations")
+    parser.add_argument("--ways", nargs="+", help="these ways alone, beside the authors'")
     parser.add_argument("--only", help="measure one way and print it as JSON")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
@@ -296,6 +297,10 @@ def main() -> None:
     scale = replace(SCALES[options.scale], **{name: value for name, value in given.items() if value})
 
     compared = ways(scale)
+    if unknown := set(options.ways or ()) - compared.keys():
+        parser.error(f"--ways: {', '.join(sorted(unknown))} is none of {', '.join(compared)}")
+    if options.ways and not options.only:
+        compared = {name: way for name, way in compared.items() if name in ("authors", *options.ways)}
     if options.only and options.only not in compared:
         parser.error(f"--only: {options.only!r} is none of {', '.join(compared)}")
     if options.output and not options.output.parent.is_dir():
@@ -327,9 +332,10 @@ def main() -> None:
         options.output.write_text(json.dumps({"machine": machine(), "scale": str(scale), "ways": figures}, indent=1))
 
 
-def machine() -> str:
-    """What this was measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+def machine(threads: int | None = None) -> str:
+    """What this was measured on, with so many CPU threads a process, by default this one's."""
+    threads = threads or torch.get_num_threads()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} CPU thread{'s'[: threads > 1]}"
     return f"{device}, torch {torch.__version__}"
 
 

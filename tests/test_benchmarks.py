@@ -18,15 +18,20 @@ WAYS = ("authors", "exact, cold", "exact, warm", "exact, activations kept, warm"
 
 
 @pytest.fixture(scope="module")
-def compared():
-    from benchmarks import step
+def profiled():
+    """What took a step in each way, under the profiler; the last one is 1 of 2 steps, warm."""
+    from benchmarks import profile, step
 
     scale = step.Scale("miniature", 64, images=4, micro_batch=2, sampling_batch=4, steps=2, guidance_scale=1.75)
     ways = {name: way for name, way in step.ways(scale).items() if name in WAYS}
     torch.manual_seed(0)
     options = dict(only=None, rounds=1, no_count=False, weights="float32", precision="32", compile=False)
-    step.measure(scale, ways, argparse.Namespace(**options))
-    return ways
+    return step.measure(scale, ways, argparse.Namespace(**options), kind=profile.Profiled)
+
+
+@pytest.fixture
+def compared(profiled):
+    return profiled.compared
 
 
 @pytest.mark.slow
@@ -46,6 +51,51 @@ def test_operations_saved_are_whole_sampling_passes(compared) -> None:
     again = operations["exact, warm"] - operations["exact, activations kept, warm"]
     assert again == pytest.approx(a_pass, rel=0.05)
     assert operations["authors"] > operations["exact, cold"] + 1
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_profiled_step_are_all_there(profiled) -> None:
+    from benchmarks.profile import inside
+
+    forward = {"text encoder", "U-Net, sampling", "VAE", "features", "faces", "classifier", "targets"}
+    back = {"features and classifier, back", "VAE, again and back", "U-Net, again and back", "text encoder, back"}
+    assert profiled.shares.keys() == forward | back and min(profiled.shares.values()) > 0
+    # No range lies within another one, so together they are no more than the step.
+    assert sum(profiled.shares.values()) < profiled.seconds
+    assert 0 < inside(profiled.shares, profiled.seconds) < 1
+
+
+def test_the_cost_model_is_found_again() -> None:
+    from benchmarks.scaling import Row, Setting, fit, settings
+
+    assert Setting(8, 20, 5, 64).calls(cold=False) == 2 * 8 * 20 + 2 * (2 * 8 * 5)  # sampling; again, and back
+    assert Setting(8, 20, 5, 64).calls(cold=True) - Setting(8, 20, 5, 64).calls(cold=False) == 2 * 8 * 20
+    rows = []
+    for setting in settings("miniature"):
+        slower = (setting.resolution / 64) ** 2 * setting.processes  # is not fitted
+        cost = {
+            name: (2e-3 * setting.calls(cold) + 5e-3 * setting.images * (1 + cold) + 0.1) * slower
+            for name, cold in (("warm", False), ("cold", True))
+        }
+        rows.append(Row(setting, cost, 0))
+    found, predicted = fit(rows, rows[0].setting)
+    np.testing.assert_allclose(found, [2e-3, 5e-3, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(predicted[0], rows[0].seconds["warm"])
+    assert {row.setting.processes for row in rows} == {1, 2} and len({row.setting for row in rows}) == len(rows)
+
+
+def test_a_curve_of_bias_counts_the_seconds_of_training_alone(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from benchmarks.stochastic import read
+
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(40):  # of 8 images at 16 images a second: half a second
+            writer.add_scalar("speed/images_per_second", 16.0, step)
+        for step, bias in ((19, 0.5), (39, 0.25)):
+            writer.add_scalar("bias_gender/ema", bias, step)
+            writer.add_scalar("bias_gender/floor", 0.125, step)
+    assert read(tmp_path) == ([(19, 10.0, 0.5), (39, 20.0, 0.25)], 0.125)
 
 
 def test_the_authors_targets_are_ours_but_for_what_they_leave_out() -> None:
