@@ -180,6 +180,19 @@ class TestDetectedFaces:
         faces.crops.sum().backward()
         assert images.grad.isfinite().all() and (images.grad.abs().sum((1, 2, 3)) > 0).all()
 
+    @pytest.mark.gpu
+    def test_faces_on_a_gpu_are_those_on_the_cpu(self, drawn: FacePictures) -> None:
+        """Also where the GPU is still busy with other work when the search begins and goes on meanwhile."""
+        images, finder = drawn.images(slice(None)), self.finder(DETECTORS["insightface"]())
+        wanted, busy = finder(images), torch.rand(2048, 2048, device="cuda")
+        for _ in range(20):
+            busy = busy @ busy / 2048
+        find = finder.begin(images.cuda() + 0 * busy[0, 0])
+        busy @ busy
+        faces = find()
+        assert_close(faces.boxes.cpu(), wanted.boxes, atol=1e-3, rtol=0)
+        assert faces.mask.tolist() == wanted.mask.tolist() and faces.crops.is_cuda
+
     def test_later_detectors_are_asked_where_the_first_saw_nothing(self, drawn: FacePictures) -> None:
         images, blind, last = drawn.images(slice(None)), Blind(), Blind()
         faces = self.finder(blind, DETECTORS["yunet"](), last)(images)
