@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fairness_dft.classifiers import Verdict
 from fairness_dft.gradients import authors_weights, scale_gradient
-from fairness_dft.losses import alignment_loss
+from fairness_dft.losses import alignment_loss, face_gradient_scales
 from fairness_dft.module import FairFinetuning
 from fairness_dft.originals import Original
 from fairness_dft.prompts import PromptBatch
@@ -103,5 +103,7 @@ def authors_step(
             embeddings = module.embed(scale_gradient(images, scales))
             found = module.judge(images)
             loss = sum(alignment_loss(found.logits[name], alignment) for name, alignment in own.items())
-            semantics = module.image_semantics(embeddings, scales, found, original, own) * len(images) / len(noise)
+            factor1, factor2 = module.semantics_factors(found, original, own)
+            scales.copy_(face_gradient_scales(images, found.boxes, original.verdict.boxes, factor2))
+            semantics = module.image_semantics(embeddings, original, factor1) * len(images) / len(noise)
             backward(loss + module.semantics_weight * semantics)

@@ -32,7 +32,8 @@ class Attribute:
         target: D, as "uniform", as one number a class in the classifier's order, or by class name. Of several
             attributes: each one's own by its name, where those left out are uniform and all are independent, or
             the whole table, such as {"woman, old": 0.1, "woman, young": 0.4, "man, young": 0.5}.
-        targets: other targets than that, by prompt, subject or concept, the most particular first.
+        targets: other targets than that, by prompt, subject or concept, the most particular first; attributes that one
+            leaves out keep their shares of `target`.
         confidence: C, the confidence that a dynamic target must reach to be used, in [0, 1]; a draw between
             classes is never used.
         factor1: weight of the image-semantics loss where the target differs from the original image's class
@@ -94,14 +95,22 @@ class Attribute:
         Raises:
             ValueError: if a target does not fit the classes, is negative or does not sum to one.
         """
-        wanted = {None: self.target, **self.targets}
         classes = {name: tuple(classes[name]) for name in self.names}
-        return {key: self._distribution(key, target, classes) for key, target in wanted.items()}
+        general = self._distribution(None, self.target, classes, dict.fromkeys(classes, "uniform"))
+        others = [[axis for axis in range(general.ndim) if axis != own] for own in range(general.ndim)]
+        rest = {
+            name: (general.sum(axes) if axes else general).tolist() for name, axes in zip(classes, others, strict=True)
+        }
+        found = {key: self._distribution(key, target, classes, rest) for key, target in self.targets.items()}
+        return {None: general, **found}
 
-    def _distribution(self, key: str | None, target: Target, classes: dict[str, tuple[str, ...]]) -> Tensor:
+    def _distribution(
+        self, key: str | None, target: Target, classes: dict[str, tuple[str, ...]], rest: Mapping[str, Shares]
+    ) -> Tensor:
+        """One target; an attribute that it leaves out has its shares from `rest`."""
         where = f"attribute.target of {self.label!r}" if key is None else f"attribute.targets of {key!r}"
         if isinstance(target, Mapping) and target and set(target) <= set(classes):
-            parts = [(f"{where}, {name}", target.get(name, "uniform"), classes[name]) for name in classes]
+            parts = [(f"{where}, {name}", target.get(name, rest[name]), classes[name]) for name in classes]
         elif target == "uniform":
             parts = [(where, target, names) for names in classes.values()]
         else:
@@ -129,9 +138,14 @@ def shares(where: str, target: Shares, classes: Sequence[str]) -> Tensor:
     if isinstance(target, str):
         raise ValueError(f"{where} must be 'uniform', numbers or class names with numbers, but got {target!r}")
     if isinstance(target, Mapping):
-        unknown = sorted(set(target) - set(classes))
+        unknown = sorted(map(str, set(target) - set(classes)))
         if unknown:
-            raise ValueError(f"{where} names {', '.join(unknown)}, but the classifier has {'; '.join(classes)}")
+            quote = (
+                ""
+                if all(isinstance(name, str) for name in target)
+                else " (quote names that YAML reads as others: 'yes')"
+            )
+            raise ValueError(f"{where} names {', '.join(unknown)}, but the classifier has {'; '.join(classes)}{quote}")
         target = [target.get(name, 0.0) for name in classes]
     if len(target) != len(classes) or not all(isinstance(share, int | float) for share in target):
         raise ValueError(f"{where} must be {len(classes)} numbers, for {'; '.join(classes)}, but got {target}")

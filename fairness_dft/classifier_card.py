@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from fairness_dft.labelled_faces import SPLITS, UNKNOWN
 
+TEMPERATURES = (0.05, 20.0)  # the least and the highest
 MANY = 20  # classes; of a head with more, tables name the one that is recalled least
 
 
@@ -72,7 +73,7 @@ def temperature(logits: Tensor, labels: Tensor) -> float:
         labels: class indices or `UNKNOWN`, int64 with shape (n,).
 
     Returns:
-        T, between 0.05 and 20; 1 where no label is known, or all are right: the surer, the better they would then be.
+        T, within `TEMPERATURES`; 1 where no label is known, or all are right: the surer, the better they would then be.
 
     References:
         On Calibration of Modern Neural Networks (Guo et al., 2017), https://arxiv.org/abs/1706.04599
@@ -85,10 +86,21 @@ def temperature(logits: Tensor, labels: Tensor) -> float:
         return 1.0
     found = minimize_scalar(
         lambda log: cross_entropy(logits * math.exp(-log), labels).item(),
-        bounds=(math.log(0.05), math.log(20)),
+        bounds=tuple(map(math.log, TEMPERATURES)),
         method="bounded",
     )
     return math.exp(found.x)
+
+
+def at_a_bound(temperatures: Mapping[str, float]) -> list[str]:
+    """A line for each head whose temperature ran to a bound, which means that its logits are not to be relied on."""
+    low, high = TEMPERATURES
+    return [
+        f"the temperature of {head} ran to its bound ({value:.2f}): too few pictures of the validation split, or a "
+        "classifier that has learned nothing; --model.calibrated false leaves logits as they are"
+        for head, value in temperatures.items()
+        if not 1.02 * low < value < 0.98 * high
+    ]
 
 
 def shown(value: float | None) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fairness_dft.cli import innermost, run_main, way_out
-from fairness_dft.faces import DetectedFaces
+from fairness_dft.faces import DetectedFaces, threads
 from fairness_dft.features import NETWORK, FaceEmbedding
 from fairness_dft.loading import PICTURES, one_line
 
@@ -103,7 +103,7 @@ def embed(files: list[Path], finder: DetectedFaces, embedding: FaceEmbedding) ->
     embedding.to(device)
     batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
     found = [torch.zeros(0, embedding.width)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         for batch in track(batches, "finding faces", console=Console(stderr=True)):
             seen = pool.map(lambda file: aligned(file, finder, embedding), batch)
             if faces := [face for face in seen if face is not None]:

@@ -16,6 +16,7 @@ References:
 """
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -153,31 +154,37 @@ class DetectedFaces(FaceFinder):
 
         def faces() -> Faces:
             boxes, landmarks, mask, _ = detect()
-            return Faces(square_crops(images, boxes, self.size, self.margin), boxes, mask, landmarks)
+            return self.crop(images, boxes, landmarks, mask)
 
         return faces
 
     @override
     def every(self, images: Tensor) -> tuple[Faces, Tensor]:
         boxes, landmarks, mask, owners = self.detect(images, all_faces=True)()
-        return Faces(square_crops(images[owners], boxes, self.size, self.margin), boxes, mask, landmarks), owners
+        owners = owners.to(images.device)
+        return self.crop(images[owners], boxes, landmarks, mask), owners
+
+    def crop(self, images: Tensor, boxes: Tensor, landmarks: Tensor, mask: Tensor) -> Faces:
+        """The faces found, with their crops, on the device of the images."""
+        crops = square_crops(images, boxes, self.size, self.margin)
+        found = (values.to(images.device, non_blocking=True) for values in (boxes, mask, landmarks))
+        return Faces(crops, *found)
 
     def detect(self, images: Tensor, all_faces: bool = False) -> Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Begin to detect faces in threads; the function returned waits for them.
 
-        The images go to the CPU, and what is found comes back, once for the whole batch. A GPU is waited for only by
-        the threads.
+        The images go to the CPU once for the whole batch. A GPU is waited for only by the threads.
 
         Args:
             images: with shape (N, 3, H, W), in [0, 1].
             all_faces: a row for each face, instead of one for each image's largest.
 
         Returns:
-            What gives boxes, landmarks and mask, as in `Faces`, and the image of each row.
+            What gives boxes, landmarks and mask, as in `Faces`, and the image of each row, on the CPU.
         """
         pixels = torch.nan_to_num(images.detach().float()).clamp(0, 1).mul(255).round().byte()
         pictures, arrived = on_the_way(pixels.flip(1).permute(0, 2, 3, 1).contiguous())
-        pool = ThreadPoolExecutor(torch.get_num_threads())
+        pool = ThreadPoolExecutor(threads())
         searches = [pool.submit(lambda picture: arrived() or self.find(picture), picture) for picture in pictures]
         pool.shutdown(wait=False)
         height, width = images.shape[2:]
@@ -191,7 +198,7 @@ class DetectedFaces(FaceFinder):
                     found.append([*box, *landmarks.ravel(), 1, image])
                 if not faces:
                     found.append([0, 0, width, height, *nowhere, 0, image])
-            values = torch.tensor(found, dtype=torch.float32).reshape(-1, 16).to(images.device)
+            values = torch.tensor(found, dtype=torch.float32).reshape(-1, 16)
             return values[:, :4], values[:, 4:14].unflatten(1, (5, 2)), values[:, 14] > 0, values[:, 15].long()
 
         return rows
@@ -200,6 +207,16 @@ class DetectedFaces(FaceFinder):
         """Box and landmarks of all faces, the largest first, by the first detector that sees one."""
         found = (detector.detect(picture).faces() for detector in self.detectors)
         return next((faces for faces in found if faces), [])
+
+
+def threads() -> int:
+    """How many pictures a process looks at at a time: its share of the machine's cores.
+
+    Not PyTorch's number of threads, which torchrun sets to one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1"
+    return max(1, cores // int(processes))
 
 
 def on_the_way(values: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
@@ -221,7 +238,7 @@ def square_crops(images: Tensor, boxes: Tensor, size: int, margin: float = 0.5) 
 
     Args:
         images: with shape (N, 3, H, W).
-        boxes: left, top, right, bottom in pixels, with shape (N, 4).
+        boxes: left, top, right, bottom in pixels, with shape (N, 4); on the CPU no GPU is waited for.
         size: side of the crops in pixels.
         margin: the crop's side is (1 + margin) times the longer side of the box.
 
@@ -236,7 +253,8 @@ def square_crops(images: Tensor, boxes: Tensor, size: int, margin: float = 0.5) 
     shifts = finer * size / 2 - 0.5 - scales[:, None] * (centres - 0.5)
     zeros = torch.zeros_like(scales)
     rows = [torch.stack([scales, zeros, shifts[:, 0]], 1), torch.stack([zeros, scales, shifts[:, 1]], 1)]
-    return avg_pool2d(warp(images, torch.stack(rows, 1), finer * size, "border"), finer)
+    transforms = torch.stack(rows, 1).to(images.device, non_blocking=True)
+    return avg_pool2d(warp(images, transforms, finer * size, "border"), finer)
 
 
 def aligned_faces(images: Tensor, landmarks: Tensor, size: int = ALIGNED_SIZE) -> Tensor:

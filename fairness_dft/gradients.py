@@ -123,7 +123,8 @@ def scale_gradient(tensor: Tensor, scale: float | Tensor) -> Tensor:
 
     Args:
         tensor: Any tensor.
-        scale: A number, or a constant tensor that broadcasts to the shape of `tensor`, such as a mask.
+        scale: A number, or a constant tensor that broadcasts to the shape of `tensor`, such as a mask. It is read
+            when the gradient comes back, and may be filled in until then.
     """
     return _ScaleGradient.apply(tensor, scale)
 

@@ -188,7 +188,7 @@ class FairFinetuning(LightningModule):
         images = self.sampler(self.generator, batch.prompt.text, noise, steps, random)
 
         looking = self.judge.begin(images)  # on the CPU, while a GPU embeds the images
-        scales = torch.ones_like(images[:, :1])
+        scales = torch.ones_like(images[:, :1])  # filled in below, once the faces are known
         embeddings = self.embed(scale_gradient(images, scales))
         verdict = looking()
         alignments = self.assign(verdict, self.target(batch.prompt), random)
@@ -196,7 +196,9 @@ class FairFinetuning(LightningModule):
             name: alignment_loss(verdict.logits[name], alignment, self.trainer.world_size)
             for name, alignment in alignments.items()
         }
-        semantics = self.image_semantics(embeddings, scales, verdict, original, alignments)
+        factor1, factor2 = self.semantics_factors(verdict, original, alignments)
+        scales.copy_(face_gradient_scales(images, verdict.boxes, original.verdict.boxes, factor2))
+        semantics = self.image_semantics(embeddings, original, factor1)
         loss = sum(align.values()) + self.semantics_weight * semantics
         if self.face_realism:
             loss = loss + self.face_realism.weight * self.realism(images, verdict, original, alignments)
@@ -319,32 +321,20 @@ class FairFinetuning(LightningModule):
         """Rows of all ranks, rank after rank; every rank has the same number."""
         return self.all_gather(values).flatten(0, 1) if self.trainer.world_size > 1 else values
 
-    def image_semantics(
-        self,
-        embeddings: Sequence[Tensor],
-        scales: Tensor,
-        verdict: Verdict,
-        original: Original,
-        alignments: dict[str, Alignment],
-    ) -> Tensor:
-        """L_img of this batch.
+    def semantics_factors(
+        self, verdict: Verdict, original: Original, alignments: dict[str, Alignment]
+    ) -> tuple[Tensor, Tensor]:
+        """factor1 and factor2 of each image, with shapes (N,): 1 where it may keep the class of the original."""
+        both_faces = verdict.face & original.verdict.face
+        changing = [
+            must_change(chosen, original.verdict.classes(name), both_faces) for name, chosen in alignments.items()
+        ]
+        settings = ([self.attribute.setting(factor, name) for name in alignments] for factor in ("factor1", "factor2"))
+        factor1, factor2 = (dynamic_weights(changing, values) for values in settings)
+        return factor1, factor2
 
-        Args:
-            embeddings: of the images, by each feature network, with shapes (N, D).
-            scales: what the gradient of the embeddings at each pixel is multiplied by, with shape (N, 1, H, W); it is
-                filled in here, as the images are embedded before their faces are known.
-            verdict: on the images.
-            original: what is known of the frozen model's.
-            alignments: the targets.
-        """
-        before = original.verdict
-        both_faces = verdict.face & before.face
-        changing = [must_change(chosen, before.classes(name), both_faces) for name, chosen in alignments.items()]
-        factor1, factor2 = (
-            dynamic_weights(changing, [self.attribute.setting(factor, name) for name in alignments])
-            for factor in ("factor1", "factor2")
-        )
-        scales.copy_(face_gradient_scales(scales, verdict.boxes, before.boxes, factor2))
+    def image_semantics(self, embeddings: Sequence[Tensor], original: Original, factor1: Tensor) -> Tensor:
+        """L_img of this batch, from the embeddings of its images by each feature network."""
         pairs = zip(embeddings, original.features, strict=True)
         return semantics_loss([(embedding * reference).sum(-1) for embedding, reference in pairs], factor1)
 

@@ -3,6 +3,7 @@
 Either way it ends after a whole step, because a checkpoint holds no accumulated gradients.
 """
 
+import copy
 import os
 import signal
 import sys
@@ -10,11 +11,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
+
+from fairness_dft.module import FairFinetuning
 
 
 def save_to_go_on(trainer: Trainer) -> Path:
@@ -79,8 +83,9 @@ class FiniteSteps(Callback):
     """Skips each optimizer step whose loss or gradient is not finite, on all ranks, and counts them.
 
     Neither what is trained nor the optimizer's moments change in such a step. Where many follow each other, training
-    ends with a checkpoint of what was good. Under `16-mixed`, which tries ever larger scales of the loss, a step now
-    and then is such, the first ones more often.
+    ends with a checkpoint of what was good: adapter, average and optimizer as they were before the last update, with
+    which loss and gradient were still finite. The update itself may be what broke them. Under `16-mixed`, which tries
+    ever larger scales of the loss, a step now and then is skipped, the first ones more often.
 
     Args:
         patience: how many steps in a row end the run.
@@ -95,16 +100,18 @@ class FiniteSteps(Callback):
         self.patience = patience
         self.skipped, self.in_a_row = 0, 0
         self.finite = True
+        self.good: dict[str, Any] = {}
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self.finite &= bool(loss.isfinite())
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: FairFinetuning, optimizer: Optimizer) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        finite = self.finite and all(bool(gradient.isfinite().all()) for gradient in gradients)
+        flags = [gradient.isfinite().all() for gradient in gradients]
+        finite = self.finite and (not flags or bool(torch.stack(flags).all()))  # read from a GPU once
         self.finite = True
         if trainer.strategy.reduce_boolean_decision(not finite, all=False):
             for parameter in parameters:
@@ -113,20 +120,34 @@ class FiniteSteps(Callback):
             self.in_a_row += 1
         else:
             self.in_a_row = 0
+            self.remember(pl_module, optimizer)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: FairFinetuning, *args: Any) -> None:
         pl_module.log("skipped/steps", float(self.skipped), prog_bar=True)
         if self.in_a_row >= self.patience:
             self.in_a_row = 0
+            self.restore(pl_module)
             file = save_to_go_on(trainer)
             if not trainer.is_global_zero:
                 raise SystemExit(0)
             raise ValueError(
                 f"the loss or its gradient was not finite in {self.patience} steps in a row, which were skipped; the "
-                f"adapter before them is in {file}: go on from there (--ckpt_path) with a smaller "
+                f"last adapter that was good is in {file}: go on from there (--ckpt_path) with a smaller "
                 "--model.learning_rate, or with --trainer.precision 32-true"
             )
+
+    def remember(self, module: FairFinetuning, optimizer: Optimizer) -> None:
+        """Keep what is about to change."""
+        adapters = {name: module.adapter.state_dict(name) for name in ("trained", "ema")}
+        self.good = copy.deepcopy({"adapters": adapters, "moments": optimizer.state_dict()}) | {"optimizer": optimizer}
+
+    def restore(self, module: FairFinetuning) -> None:
+        """Go back to what was kept, if anything was."""
+        if self.good:
+            for name, state in self.good["adapters"].items():
+                module.adapter.load_state_dict(state, name)
+            self.good["optimizer"].load_state_dict(self.good["moments"])
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
 from fairness_dft.classifier_backbone import backbone, last_linear
-from fairness_dft.classifier_card import head_figures, model_card, table, temperature
+from fairness_dft.classifier_card import at_a_bound, head_figures, model_card, table, temperature
 from fairness_dft.cli import OneLineCLI, new_folder, resumable, run_main
 from fairness_dft.labelled_faces import SPLITS, UNKNOWN, LabelledFaces
 from fairness_dft.loading import resolve
@@ -290,7 +290,7 @@ def main(args: ArgsType = None) -> None:
     }
     if trainer.is_global_zero:
         save(cli, figures)
-        print(table(figures))
+        print(table(figures), *at_a_bound(temperatures), sep="\n")
         print(f"Classifier: {cli.config.output}")
 
 

@@ -151,3 +151,20 @@ def test_a_joint_target_that_does_not_fit_is_refused(target: object, message: st
 def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Attribute(**settings)
+
+
+def test_attributes_that_a_target_of_some_prompts_leaves_out_keep_their_shares() -> None:
+    classes = {"gender": ("man", "woman"), "age": ("young", "old")}
+    own = {"senator": {"gender": {"woman": 0.4, "man": 0.6}}}
+    general = {"age": {"young": 0.75, "old": 0.25}}
+    table = {"man, young": 0.25, "woman, young": 0.5, "man, old": 0.25}  # a quarter old, too
+    for target in (general, table):
+        found = Attribute(["gender", "age"], target=target, targets=own).distributions(classes)["senator"]
+        expected = torch.tensor([[0.6 * 0.75, 0.6 * 0.25], [0.4 * 0.75, 0.4 * 0.25]], dtype=torch.float64)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("target", [{True: 0.6, False: 0.4}, {0: 0.6, 1: 0.4}])
+def test_names_that_yaml_reads_as_something_else_are_told(target: dict) -> None:
+    with pytest.raises(ValueError, match=r"names (False, True|0, 1), but the classifier has yes; no \(quote names"):
+        Attribute("hat", target=target).distributions({"hat": ("yes", "no")})

@@ -395,11 +395,30 @@ def test_misspelt_key_in_a_file(tmp_path, capsys):
     assert "atribute" in refused(capsys, small(tmp_path, f"--config={file}"))
 
 
+@pytest.mark.parametrize("adapter", [None, "UNetLoRA", "Combined"])
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "experiments").glob("*.yaml")))
-def test_every_experiment_parses_and_builds(name, tmp_path):
-    cli = FairnessCLI(["--config", str(EXPERIMENTS / name), f"--output={tmp_path}", "--trainer.accelerator=cpu"])
+def test_every_experiment_parses_and_builds(name, adapter, tmp_path):
+    other = [f"--model.adapter=fairness_dft.adapters.{adapter}"] if adapter else []
+    cli = FairnessCLI(
+        ["--config", str(EXPERIMENTS / name), *other, f"--output={tmp_path}", "--trainer.accelerator=cpu"]
+    )
     assert cli.model.attribute.names
     assert cli.datamodule.prompts("train")
+    assert adapter in (None, type(cli.model.adapter).__name__)
+
+
+def test_experiments_on_stable_diffusion_differ_in_what_they_are_about_alone():
+    def common(name):
+        found = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
+        model = found.pop("model")
+        for own in ("attribute", "adapter", "semantics_weight"):
+            model.pop(own)
+        assert model["face_realism"]["init_args"].pop("weight") in (0.1, 1.0)
+        assert 10_000 <= found["trainer"].pop("max_steps") <= 15_000
+        return model, found["trainer"], found["bias_monitor"], found["adapter_average"]
+
+    for file in set(EXPERIMENTS.glob("*.yaml")) - {EXPERIMENTS / "quickstart.yaml"}:
+        assert common(file.stem) == common("gender"), file
 
 
 def test_every_experiment_builds_on_the_miniature(tmp_path):

@@ -47,6 +47,11 @@ def detecting(realism: dict) -> list[str]:
     return [f"--model.judge.faces={json.dumps(finder)}", f"--model.face_realism={json.dumps(realism)}"]
 
 
+EVERY = tuple(
+    f"{{class_path: fairness_dft.{kind}}}"
+    for kind in ("adapters.TextEncoderLoRA", "adapters.UNetLoRA", "prompt_prefix.PromptPrefix")
+)
+COMBINED = ("--model.adapter=fairness_dft.adapters.Combined", f"--model.adapter.parts=[{', '.join(EVERY)}]")
 JOINT = (
     "--model.attribute.name=[gender, race]",  # eight classes, more than the images of a rank
     "--model.schedule=constant",
@@ -78,6 +83,19 @@ def test_two_processes_train_the_same_adapter(runs):
             assert (together[key] - tensor).norm() <= 1e-3 * tensor.norm(), key
 
 
+def test_two_processes_have_the_same_gradient(runs):
+    """By Adam's first moment after three steps, which is a weighted sum of their gradients."""
+    alone, together = (
+        torch.load(next((run / "checkpoints").glob("*step=3.ckpt")), weights_only=True)["optimizer_states"][0]["state"]
+        for run in (runs[0], runs[1].parent / "version_0")
+    )
+    assert alone.keys() == together.keys() and len(alone) > 20
+    for number, moments in alone.items():
+        gradient = moments["exp_avg"]
+        assert gradient.norm() > 0
+        assert (together[number]["exp_avg"] - gradient).norm() <= 1e-3 * gradient.norm(), number
+
+
 def test_two_processes_measure_the_same(runs):
     alone, together = (json.loads((run / "results.json").read_text()) for run in runs)
     for judge, attributes in alone["bias"].items():
@@ -89,11 +107,8 @@ def test_two_processes_measure_the_same(runs):
 
 
 def test_a_rank_without_any_face_does_not_hang_the_other(tmp_path, realism):
-    kinds = ("adapters.TextEncoderLoRA", "adapters.UNetLoRA", "prompt_prefix.PromptPrefix")
-    parts = [f"{{class_path: fairness_dft.{kind}}}" for kind in kinds]
-    every = ("--model.adapter=fairness_dft.adapters.Combined", f"--model.adapter.parts=[{', '.join(parts)}]")
     blind = ("--model.judge.faces=odd_ranks.BlindRank", f"--model.face_realism={json.dumps(realism)}")
-    run = fit(tmp_path, *TWO, *blind, *every, "--model.sampler.checkpoint=true")
+    run = fit(tmp_path, *TWO, *blind, *COMBINED, "--model.sampler.checkpoint=true")
     content = json.loads((run / "results.json").read_text())["bias"]["training"]["gender"]["ema"]
     assert (content["images"], content["without_face"]) == (8, 4)
     state = load_file(run / "adapters" / "step_000002" / "trained" / "pytorch_lora_weights.safetensors")

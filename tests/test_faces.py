@@ -14,6 +14,7 @@ from fairness_dft.faces import (
     aligned_faces,
     similarity_transforms,
     square_crops,
+    threads,
     whole_frame_boxes,
 )
 from fairness_dft.portraits.detector import FacePictures, draw_faces
@@ -243,3 +244,15 @@ class TestDetectedFaces:
         faces = self.finder(DETECTORS["insightface"]())(images)
         assert faces.mask.tolist() == [False, True]
         assert faces.boxes.isfinite().all()
+
+
+def test_pictures_are_looked_at_by_a_share_of_the_cores(monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
+    for variable in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun does
+    assert threads() == 12
+    monkeypatch.setenv("WORLD_SIZE", "24")
+    assert threads() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert threads() == 3

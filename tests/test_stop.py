@@ -8,6 +8,7 @@ from lightning import Callback
 from miniature import finetuning, prompts, trainer
 
 from fairness_dft.adapters import Combined, TextEncoderLoRA, UNetLoRA
+from fairness_dft.callbacks import AdapterAverage
 from fairness_dft.cli import resumable
 from fairness_dft.prompt_prefix import PromptPrefix
 from fairness_dft.sampler import Sampler
@@ -76,8 +77,22 @@ def test_many_in_a_row_end_the_run_with_what_was_good(tmp_path):
     assert str(file) in str(stop.value)
     resumable(file)
     state = torch.load(file, weights_only=True)["state_dict"]
-    for key, tensor in poison.states[1].items():
+    for key, tensor in poison.states[0].items():  # before the one update that there was, which may have done it
         torch.testing.assert_close(state[f"trained.{key}"], tensor, rtol=0, atol=0)
+
+
+def test_a_run_that_diverged_goes_on_from_before_it_did(tmp_path):
+    fit = trainer(tmp_path, max_steps=9, callbacks=[AdapterAverage(0.5), FiniteSteps(patience=2)])
+    with pytest.raises(ValueError, match="not finite in 2 steps in a row"):
+        fit.fit(finetuning(learning_rate=1e30), prompts(images_per_prompt=4))
+    [file] = (tmp_path / "checkpoints").iterdir()
+    kept = torch.load(file, weights_only=True)
+    assert all(tensor.abs().max() < 10 for tensor in kept["state_dict"].values())
+    step, module, guard = kept["global_step"], finetuning(learning_rate=1e-3), FiniteSteps()
+    again = trainer(tmp_path / "again", max_steps=step + 2, callbacks=[AdapterAverage(0.5), guard])
+    again.fit(module, prompts(images_per_prompt=4), ckpt_path=file)
+    assert guard.in_a_row == 0 and all(tensor.isfinite().all() for tensor in module.state_dict().values())
+    assert any((module.state_dict()[key] - value).abs().max() > 1e-4 for key, value in kept["state_dict"].items())
 
 
 def test_the_count_is_resumed():

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from fairness_dft.classifier_backbone import last_linear
-from fairness_dft.classifier_card import head_figures, model_card, temperature
+from fairness_dft.classifier_card import at_a_bound, head_figures, model_card, temperature
 from fairness_dft.classifiers import ImageClassifier
 from fairness_dft.labelled_faces import UNKNOWN, LabelledFolder, Pictures
 from fairness_dft.portraits.draw import AGES, GENDERS, SKINS
@@ -216,6 +216,13 @@ def test_temperature_undoes_a_scale(true: float) -> None:
     assert found == pytest.approx(true, rel=0.05)
     assert temperature(torch.zeros(2, 2), torch.full((2,), UNKNOWN)) == 1
     assert temperature(torch.eye(3), torch.arange(3)) == 1  # without an error, there is no best one
+
+
+def test_a_temperature_at_its_bound_is_told() -> None:
+    """Sure verdicts that are right no more often than chance have no finite temperature."""
+    useless = temperature(9 * torch.eye(2)[[0, 1, 0, 1]], torch.tensor([0, 1, 1, 0]))
+    [line] = at_a_bound({"hat": useless, "mood": 1.7})
+    assert line.startswith("the temperature of hat ran to its bound (20.00)")
 
 
 def test_calibration_can_be_left_out() -> None:
