@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from typing_extensions import override
 
-from benchmarks.networks import SCALES
-from benchmarks.step import Comparison, add_options, machine, measure, ways
+from benchmarks.step import Comparison, add_options, add_sizes, machine, measure, scale_of, ways
 from fairness_dft.replay import _WayBack
 
 WAY = "exact, warm"
@@ -141,14 +140,15 @@ def main() -> None:
     """Profile a step and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
+    add_sizes(parser)
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     parser.set_defaults(rounds=1, only=None, no_count=True)
     options = parser.parse_args()
     torch.manual_seed(0)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    scale = SCALES[options.scale]
+    scale = scale_of(options)
     module = measure(scale, {WAY: ways(scale)[WAY]}, options, kind=Profiled)
-    show(module.shares, module.seconds, f"{options.scale}, {options.precision}, {machine()}")
+    show(module.shares, module.seconds, f"{options.scale}: {scale}, {options.precision}, {machine()}")
     if options.output:
         found = {"machine": machine(), "scale": str(scale), "seconds": module.seconds, "ranges": module.shares}
         options.output.write_text(json.dumps(found, indent=1))

@@ -101,7 +101,7 @@ def take(setting: Setting, options: argparse.Namespace) -> dict[str, tuple[float
     path = GradientPath() if every else GradientPath(steps="random", count=setting.count)
     sampler = Sampler(
         scale.steps, guidance_scale=scale.guidance_scale, gradient=path, decode_chunk=max(1, scale.micro_batch // 2),
-        images_at_once=scale.micro_batch,
+        images_at_once=scale.sampling_batch,
     )  # fmt: skip
     taken = {"warm": Way(sampler, warm=True), "cold": Way(sampler)}
     measure(scale, taken, options, setting.processes)

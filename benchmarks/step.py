@@ -77,7 +77,7 @@ def ways(scale: Scale) -> dict[str, Way]:
     found = {"authors": Way()}
     shared = dict(steps=scale.steps, guidance_scale=scale.guidance_scale)
     # Fewer images for the decoder, which works at full resolution and keeps all activations of a chunk.
-    shared |= dict(decode_chunk=max(1, scale.micro_batch // 2), images_at_once=scale.micro_batch)
+    shared |= dict(decode_chunk=max(1, scale.micro_batch // 2), images_at_once=scale.sampling_batch)
     for name, checkpoint in {"exact": True, "exact, activations kept": False}.items():
         if not checkpoint and scale.resolution == 512:
             continue  # terabytes
@@ -274,6 +274,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the U-Net's transformer blocks")
 
 
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Options for a part of a scale."""
+    parser.add_argument("--images", type=positive, help="another N")
+    parser.add_argument("--micro-batch", type=positive, help="another micro-batch")
+    parser.add_argument("--steps", type=positive, help="another T")
+
+
+def scale_of(options: argparse.Namespace) -> Scale:
+    """The scale that was asked for, with what was given in its place."""
+    given = {name: getattr(options, name) for name in ("images", "micro_batch", "steps")}
+    return replace(SCALES[options.scale], **{name: value for name, value in given.items() if value})
+
+
 def positive(text: str) -> int:
     """A number of at least 1."""
     if int(text) < 1:
@@ -285,16 +298,13 @@ def main() -> None:
     """Measure, print a table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--images", type=positive, help="another N")
-    parser.add_argument("--micro-batch", type=positive, help="another micro-batch")
-    parser.add_argument("--steps", type=positive, help="another T")
+    add_sizes(parser)
     parser.add_argument("--no-count", action="store_true", help="do not count floating point operations")
     parser.add_argument("--ways", nargs="+", help="these ways alone, beside the authors'")
     parser.add_argument("--only", help="measure one way and print it as JSON")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
-    given = {name: getattr(options, name) for name in ("images", "micro_batch", "steps")}
-    scale = replace(SCALES[options.scale], **{name: value for name, value in given.items() if value})
+    scale = scale_of(options)
 
     compared = ways(scale)
     if unknown := set(options.ways or ()) - compared.keys():

@@ -21,7 +21,7 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -302,14 +302,28 @@ class StableDiffusion(TextToImage):
     @override
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Tensor) -> Tensor:
         dtype = self.unet.dtype
-        prediction = self.unet(latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype)).sample
+        with _own_precision(self.unet):
+            prediction = self.unet(latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype)).sample
         # The recursion of the scheduler stays in the precision of the latents.
         return prediction.to(latents.dtype)
 
     @override
     def decode(self, latents: Tensor) -> Tensor:
-        images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        with _own_precision(self.vae):
+            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
         return (images.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+
+
+def _own_precision(network: Any) -> AbstractContextManager:
+    """Within, a network that is frozen in half precision computes in it.
+
+    Autocast would change its tensors to single precision and back around each normalisation, which takes time and
+    memory and gains nothing where weights are rounded already. Learned weights, which are in single precision, need it.
+    """
+    half = network.dtype in (torch.float16, torch.bfloat16)
+    if not half or any(parameter.requires_grad for parameter in network.parameters()):
+        return nullcontext()
+    return torch.autocast(network.device.type, enabled=False)
 
 
 def find_scheduler(name: str) -> Any:

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from tiny import build_tiny_pipeline
 from torch.testing import assert_close
 
+from fairness_dft.adapters import UNetLoRA
 from fairness_dft.diffusion import StableDiffusion
 
 
@@ -135,6 +136,27 @@ def test_half_precision_storage_is_loaded_in_the_precision_asked_for(tmp_path: P
         assert_close(parameter, original, rtol=1e-3, atol=1e-4)
     half = load(tmp_path, weights_dtype="bfloat16")
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_only_learned_networks_are_cast_back_and_forth(tmp_path: Path, learned: bool) -> None:
+    """Frozen in half precision a network computes as it does without autocast, to the last bit."""
+    model = load(build_tiny_pipeline(tmp_path), weights_dtype="bfloat16")
+    if learned:
+        UNetLoRA(rank=2).attach(model)
+    cast = []
+    for network in (model.unet.conv_in, model.vae.decoder.conv_in):
+        network.register_forward_hook(lambda *_: cast.append(torch.is_autocast_enabled("cpu")))
+    latents, conditioning = model.noise(torch.arange(2)), model.encode(["a chef", "a baker"])
+    inputs = latents, torch.tensor(500), conditioning
+    with torch.no_grad():
+        wanted = model.denoise(*inputs), model.decode(latents)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.denoise(*inputs), model.decode(latents)
+            assert torch.is_autocast_enabled("cpu")
+    assert cast == [False, False, learned, False]
+    assert torch.equal(found[1], wanted[1])
+    assert learned or torch.equal(found[0], wanted[0])
 
 
 def test_resolution_sets_the_size_of_latents_and_images(folder: Path) -> None:

@@ -402,6 +402,7 @@ def test_sampling_and_its_way_back_make_no_gpu_wait(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_a_gpu_is_not_waited_for_while_sampling(folder: Path, checkpoint: bool, monkeypatch) -> None:
     """What is done before the first and after the last call of the network may wait; between them nothing does."""
