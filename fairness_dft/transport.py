@@ -80,8 +80,8 @@ def expected_targets(
         probabilities: the classifier's probabilities p of the images with a face, with shape (n, K), in
             [0, 1].
         target: the target distribution D over the classes, with shape (K,), non-negative, sums to one.
-        draws: how many times the classes of all images are drawn when enumeration is too long, rounded up to a power
-            of two.
+        draws: how many times the classes of all images are drawn when enumeration is too long; a power of two covers
+            the distribution most evenly.
         max_enumeration: the largest number of count vectors that are all solved. The default covers 3 classes up to 43
             images, and 4 classes up to 16.
         generator: a random generator on the CPU, for the draws.
@@ -292,7 +292,7 @@ def draw_counts(
     Args:
         images: the number of images n, at least 1.
         distribution: the target distribution D, with shape (K,), positive, K at least 2.
-        draws: the number of draws, rounded up to a power of two.
+        draws: the number of draws.
         generator: a random generator on the CPU.
 
     Returns:
@@ -304,7 +304,7 @@ def draw_counts(
     """
     classes = len(distribution)
     seed = int(torch.randint(2**31, (), generator=generator))
-    points = qmc.Sobol(classes - 1, seed=seed).random_base2((draws - 1).bit_length())
+    points = qmc.Sobol(classes - 1, seed=seed).random_base2((draws - 1).bit_length())[:draws]
     left, counts = np.full(len(points), images), []
     remaining = 1 - np.concatenate([[0], distribution.cumsum()[:-1]])
     for point, share, rest in zip(points.T, distribution[:-1], remaining[:-1], strict=True):

@@ -195,9 +195,9 @@ def test_the_corner_of_the_cube_is_a_draw_like_any_other(monkeypatch) -> None:
     assert draw_counts(9, np.full(4, 0.25), 1)[0].tolist() == [[0, 0, 0, 9]]
 
 
-@pytest.mark.parametrize(("draws", "made"), [(1, 1), (2, 2), (3, 4), (100, 128), (256, 256)])
-def test_draws_are_a_power_of_two(draws: int, made: int) -> None:
-    assert draw_counts(9, np.full(4, 0.25), draws, torch.Generator().manual_seed(0))[1].sum() == made
+@pytest.mark.parametrize("draws", [1, 2, 3, 100, 256])
+def test_there_are_as_many_draws_as_asked_for(draws: int) -> None:
+    assert draw_counts(9, np.full(4, 0.25), draws, torch.Generator().manual_seed(0))[1].sum() == draws
 
 
 @pytest.mark.parametrize(("images", "classes", "closer"), [(24, 4, 2.0), (40, 4, 2.0), (12, 8, 1.4)])
