@@ -8,6 +8,7 @@ validations. Runs that are there already are not made again.
 """
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,28 +26,34 @@ EXACT = STEPS
 COUNTS = (1, STEPS // 4, STEPS // 2, EXACT)
 BIAS, FLOOR, SPEED = "bias_gender/ema", "bias_gender/floor", "speed/images_per_second"
 IMAGES = 8
+VALIDATIONS = 5
 
 Curve = list[tuple[int, float, float]]
 
 
 def train(count: int, seed: int, options: argparse.Namespace) -> Path:
-    """Train with K steps of gradient, and return the run's folder."""
-    name = f"{label(count)}_{seed}".replace(" ", "_")
-    folder = options.output / name / "version_0"
+    """Train with K steps of gradient, and return the run's folder; a run that did not end is made anew."""
+    name = f"{label(count)}_seed_{seed}_steps_{options.steps}_prompts_{options.prompts}".replace(" ", "_")
+    folder, log = options.output / name / "version_0", options.output / f"{name}.log"
     if (folder / "done").exists():
         return folder
+    if folder.parent.exists():
+        shutil.rmtree(folder.parent)
+    options.output.mkdir(parents=True, exist_ok=True)
     path = (
         [] if count == EXACT else ["--model.sampler.gradient.steps=random", f"--model.sampler.gradient.count={count}"]
     )
     settings = {
         "seed_everything": seed, "name": name, "output": options.output, "model.sampler.steps": STEPS,
-        "trainer.max_steps": options.steps, "trainer.val_check_interval": options.steps // 5,
+        "trainer.max_steps": options.steps, "trainer.val_check_interval": options.steps // VALIDATIONS,
         "trainer.check_val_every_n_epoch": "null", "trainer.log_every_n_steps": 1, "trainer.limit_test_batches": 0,
         "data.init_args.validation_prompts": options.prompts, "data.init_args.images_per_prompt": IMAGES,
     }  # fmt: skip
     command = [sys.executable, "-m", "fairness_dft.fit", "--config", "experiments/quickstart.yaml"]
     command += [f"--{key}={value}" for key, value in settings.items()]
-    subprocess.run(command + path, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with log.open("w") as file:
+        if subprocess.run(command + path, stdout=file, stderr=subprocess.STDOUT).returncode:
+            raise SystemExit(f"{name} failed; what it said is in {log}")
     (folder / "done").touch()
     return folder
 
@@ -79,6 +86,8 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=400, help="of training")
     parser.add_argument("--prompts", type=positive, default=10, help="of validation")
     options = parser.parse_args()
+    if options.steps < VALIDATIONS:
+        parser.error(f"--steps must be at least {VALIDATIONS}, as many as there are validations")
     curves: dict[int, list[Curve]] = defaultdict(list)
     floors = []
     for seed in options.seeds:
