@@ -51,9 +51,11 @@ def blocks_again(module: FairFinetuning) -> Iterator[None]:
     networks = module.generator.unet, module.generator.vae
     for network in networks:
         network.enable_gradient_checkpointing()
-    yield
-    for network in networks:
-        network.disable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.disable_gradient_checkpointing()
 
 
 def slices(count: int, size: int) -> list[slice]:

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from typing_extensions import override
 
 from benchmarks.step import Comparison, add_options, add_sizes, machine, measure, scale_of, ways
-from fairness_dft.replay import _WayBack
+from fairness_dft.replay import WayBack
 
 WAY = "exact, warm"
 NETWORKS = ("U-Net", "VAE", "features")  # what a range of these begins with is inside of them
@@ -70,15 +70,15 @@ def ranges(module: Comparison) -> Iterator[set[str]]:
     for (owner, method), name in forwards.items():
         setattr(owner, method, backwards.outside(name, getattr(owner, method)))
     cut(module, backwards)
-    again = _WayBack.__call__
+    again = WayBack.__call__
 
-    def way_back(self: _WayBack, *arguments: Any) -> Any:
+    def way_back(self: WayBack, *arguments: Any) -> Any:
         backwards.enter(BACK)
         found = again(self, *arguments)
         backwards.enter(TEXT_BACK)
         return found
 
-    _WayBack.__call__ = way_back
+    WayBack.__call__ = way_back
     back = module.manual_backward
 
     def backward(loss: Tensor) -> None:
@@ -87,10 +87,12 @@ def ranges(module: Comparison) -> Iterator[set[str]]:
         backwards.leave()
 
     module.manual_backward = backward
-    yield {*forwards.values(), "classifier", FEATURES_BACK, VAE_BACK, BACK, TEXT_BACK}
-    _WayBack.__call__ = again
-    for owner, method in (*forwards, (module, "manual_backward")):
-        delattr(owner, method)
+    try:
+        yield {*forwards.values(), "classifier", FEATURES_BACK, VAE_BACK, BACK, TEXT_BACK}
+    finally:
+        WayBack.__call__ = again
+        for owner, method in (*forwards, (module, "manual_backward")):
+            delattr(owner, method)
 
 
 def cut(module: Comparison, backwards: "Backwards") -> None:

@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +32,7 @@ from rich.table import Table
 from scipy.optimize import nnls
 
 from benchmarks.networks import SCALES, Scale
-from benchmarks.step import Way, add_options, machine, measure
+from benchmarks.step import Way, add_options, machine, measure, printed_by
 from fairness_dft.gradients import GradientPath
 from fairness_dft.sampler import Sampler
 
@@ -101,7 +100,7 @@ def take(setting: Setting, options: argparse.Namespace) -> dict[str, tuple[float
     path = GradientPath() if every else GradientPath(steps="random", count=setting.count)
     sampler = Sampler(
         scale.steps, guidance_scale=scale.guidance_scale, gradient=path, decode_chunk=max(1, scale.micro_batch // 2),
-        images_at_once=scale.sampling_batch,
+        images_at_once=scale.micro_batch,
     )  # fmt: skip
     taken = {"warm": Way(sampler, warm=True), "cold": Way(sampler)}
     measure(scale, taken, options, setting.processes)
@@ -114,10 +113,8 @@ def measured(setting: Setting, options: argparse.Namespace) -> Row:
     threads = {} if setting.processes == 1 else {"OMP_NUM_THREADS": str(options.threads)}
 
     def child(more: list[str], environment: dict[str, str]) -> dict[str, tuple[float, int]]:
-        printed = subprocess.run(
-            command + more, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)} | threads | environment,
-            check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        ).stdout  # fmt: skip
+        threaded = os.environ | {"OMP_NUM_THREADS": str(options.threads)} | threads
+        printed = printed_by(command + more, threaded | environment)
         return json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
 
     # So that what is freed is given back, and the resident memory tells what is held.

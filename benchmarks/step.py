@@ -4,8 +4,9 @@
 
 The ways take turns. A first round, which is not timed, counts floating point operations, in units of one sampling
 pass of the denoising network (N images, T steps, with guidance, no graph), or only warms up in two steps (--no-count);
-gradients are compared with the authors' of the same round. Memory is the most that CUDA allocated during the step; on a
-CPU it is how far the resident memory of a child process, which takes this one way, rises above what it held before.
+gradients are compared with the authors' of the same round. Times are set beside the authors' round by round. Memory is
+the most that CUDA allocated during the step; on a CPU it is how far the resident memory of a child process, which takes
+this one way and has warmed up, rises above what it held before.
 """
 
 import argparse
@@ -44,6 +45,8 @@ from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
 from fairness_dft.sampler import Sampler
 
+PRECISIONS = "32-true", "bf16-mixed", "16-mixed"
+WEIGHTS = "float32", "bfloat16", "float16"
 PROMPT = "A photo of the face of a firefighter, a person"
 
 
@@ -76,13 +79,19 @@ def ways(scale: Scale) -> dict[str, Way]:
     """All ways that are compared, the authors' first."""
     found = {"authors": Way()}
     shared = dict(steps=scale.steps, guidance_scale=scale.guidance_scale)
-    # Fewer images for the decoder, which works at full resolution and keeps all activations of a chunk.
-    shared |= dict(decode_chunk=max(1, scale.micro_batch // 2), images_at_once=scale.sampling_batch)
-    for name, checkpoint in {"exact": True, "exact, activations kept": False}.items():
-        if not checkpoint and scale.resolution == 512:
+    # As many rows as the authors' micro-batch has in two branches of guidance, and fewer images for the decoder, which
+    # works at full resolution and keeps all activations of a chunk.
+    shared |= dict(decode_chunk=max(1, scale.micro_batch // 2), images_at_once=2 * scale.micro_batch)
+    exact = {
+        "exact": dict(checkpoint=True),
+        "exact, half of the rows": dict(checkpoint=True, images_at_once=scale.micro_batch),
+        "exact, activations kept": dict(checkpoint=False),
+    }
+    for name, own in exact.items():
+        if not own["checkpoint"] and scale.resolution == 512:
             continue  # terabytes
         for warm in (False, True):
-            sampler = Sampler(**shared, checkpoint=checkpoint, gradient=GradientPath(weights="authors"))
+            sampler = Sampler(**shared | own, gradient=GradientPath(weights="authors"))
             found[f"{name}, {'warm' if warm else 'cold'}"] = Way(sampler, warm)
     for count in sorted({1, max(1, scale.steps // 4)}):
         for warm in (False, True):
@@ -95,10 +104,10 @@ def ways(scale: Scale) -> dict[str, Way]:
 class Comparison(FairFinetuning):
     """Takes the ways in turns, round after round, and changes no weight."""
 
-    def __init__(self, scale: Scale, compared: dict[str, Way], warm_up: bool, count: bool, **arguments) -> None:
+    def __init__(self, scale: Scale, compared: dict[str, Way], count: bool, **arguments) -> None:
         super().__init__(**arguments)
         self.automatic_optimization = False
-        self.scale, self.compared, self.warm_up, self.count = scale, compared, warm_up, count
+        self.scale, self.compared, self.count = scale, compared, count
 
     @override
     def on_train_start(self) -> None:
@@ -123,7 +132,7 @@ class Comparison(FairFinetuning):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         name = list(self.compared)[batch_idx % len(self.compared)]
         way = self.compared[name]
-        first = self.warm_up and batch_idx < len(self.compared)
+        first = batch_idx < len(self.compared)
         # Features and classifier of the authors' micro-batches keep their activations.
         self.sampler = way.sampler or Sampler(
             self.scale.steps, guidance_scale=self.scale.guidance_scale, checkpoint=False,
@@ -247,12 +256,11 @@ def measure(
     kind: type[Comparison] = Comparison,
 ) -> Comparison:
     """Fill in what the ways are measured to be, and return what took them."""
-    warm_up = not options.only
-    batches = (options.rounds + warm_up) * len(compared)
+    batches = (options.rounds + 1) * len(compared)  # the first round warms up
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     with torch.device("cuda" if accelerator == "gpu" and scale.networks == "sd15" else "cpu"):
         arguments = parts(scale, options.weights, options.compile) | dict(sampler=Sampler(scale.steps))
-        module = kind(scale, compared, warm_up, not options.no_count, **arguments)
+        module = kind(scale, compared, not options.no_count, **arguments)
         module.configure_model()
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(
@@ -269,8 +277,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of every measurement of steps."""
     parser.add_argument("--scale", choices=SCALES, default="miniature")
     parser.add_argument("--rounds", type=positive, default=5, help="timed ones, after one that is not")
-    parser.add_argument("--precision", default="32-true", help="of the trainer, such as bf16-mixed or 16-mixed")
-    parser.add_argument("--weights", default="float32", help="data type of the frozen generator")
+    parser.add_argument("--precision", default="32-true", choices=PRECISIONS, help="of the trainer")
+    parser.add_argument("--weights", default="float32", choices=WEIGHTS, help="data type of the frozen generator")
     parser.add_argument("--compile", action="store_true", help="compile the U-Net's transformer blocks")
 
 
@@ -308,15 +316,15 @@ def main() -> None:
 
     compared = ways(scale)
     if unknown := set(options.ways or ()) - compared.keys():
-        parser.error(f"--ways: {', '.join(sorted(unknown))} is none of {', '.join(compared)}")
+        parser.error(f"--ways: {', '.join(map(repr, sorted(unknown)))} is none of {', '.join(map(repr, compared))}")
     if options.ways and not options.only:
         compared = {name: way for name, way in compared.items() if name in ("authors", *options.ways)}
     if options.only and options.only not in compared:
-        parser.error(f"--only: {options.only!r} is none of {', '.join(compared)}")
+        parser.error(f"--only: {options.only!r} is none of {', '.join(map(repr, compared))}")
     if options.output and not options.output.parent.is_dir():
         parser.error(f"--output: there is no folder {options.output.parent}")
     if options.only:
-        compared = {options.only: compared[options.only]}
+        compared, options.no_count = {options.only: compared[options.only]}, True
     torch.manual_seed(0)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     measure(scale, compared, options)
@@ -328,10 +336,7 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--only", name, "--rounds", "1"]
             # So that what is freed is given back, and the resident memory tells what is held.
             environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-            printed = subprocess.run(
-                command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            ).stdout
-            way.memory = json.loads(printed.splitlines()[-1])
+            way.memory = json.loads(printed_by(command, environment).splitlines()[-1])
     show(
         compared,
         f"{options.scale}: {scale}, {options.precision}, weights in {options.weights}, {machine()}"
@@ -340,6 +345,14 @@ def main() -> None:
     if options.output:
         figures = {name: figures_of(way) for name, way in compared.items()}
         options.output.write_text(json.dumps({"machine": machine(), "scale": str(scale), "ways": figures}, indent=1))
+
+
+def printed_by(command: list[str], environment: dict[str, str]) -> str:
+    """What a child process printed; what it complained of, where it failed."""
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if child.returncode:
+        raise SystemExit(f"{child.stderr[-2000:]}\nstatus {child.returncode} of {' '.join(command)}")
+    return child.stdout
 
 
 def machine(threads: int | None = None) -> str:
@@ -361,9 +374,10 @@ def show(compared: dict[str, Way], title: str) -> None:
     table = Table("way", *columns, "difference", title=title)
     authors = compared["authors"]
     for name, way in compared.items():
-        seconds, base = statistics.median(way.seconds), statistics.median(authors.seconds)
+        seconds = statistics.median(way.seconds)
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(way.seconds, authors.seconds, strict=True))
         spread = max(way.seconds) - min(way.seconds)
-        values = f"{seconds:.3f}", f"{spread:.3f}", f"{seconds / base:.2f}", f"{way.memory / 2**20:.0f}"
+        values = f"{seconds:.3f}", f"{spread:.3f}", f"{ratio:.2f}", f"{way.memory / 2**20:.0f}"
         counted = "-" if way.operations is None else f"{way.operations:.2f}"
         rest = f"{way.memory / authors.memory:.2f}", counted, f"{way.cosine:.6f}", f"{way.difference:.1e}"
         table.add_row(name, *values, *rest)

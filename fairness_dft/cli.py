@@ -7,8 +7,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -21,11 +20,13 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch import distributed
 from typing_extensions import override
 
 from fairness_dft.callbacks import AdapterAverage, AdapterCheckpoint, StepBar, Throughput
 from fairness_dft.dashboard import Dashboard
 from fairness_dft.loading import one_line
+from fairness_dft.memory import in_one_line
 from fairness_dft.module import FairFinetuning
 from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor
 from fairness_dft.prompts import PromptModule
@@ -312,32 +313,6 @@ def new_folder(folder: Path) -> None:
         raise ValueError(f"--output: cannot write {str(folder)!r} ({error.strerror}); choose another place") from None
 
 
-@contextmanager
-def telling_what_saves_memory(module: FairFinetuning, data: PromptModule) -> Iterator[None]:
-    """Ends an out-of-memory error of a GPU with the three settings to lower, and what each would save.
-
-    Raises:
-        ValueError: in place of that error.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        share = max(1, data.images_per_prompt // module.trainer.world_size)
-        chunk, at_once = module.sampler.decode_chunk, min(module.sampler.images_at_once or share, share)
-        again = (
-            ""
-            if module.sampler.checkpoint
-            else "; --model.sampler.checkpoint=true keeps those of so many rows, not of all steps"
-        )
-        raise ValueError(
-            f"the GPU's memory does not suffice ({one_line(error).partition('. ')[0]}); lower "
-            f"--model.sampler.images_at_once (now {at_once}; half of it halves the activations of the denoising network"
-            f"{again}), --model.sampler.decode_chunk (now {chunk}; half of it halves those of the "
-            f"decoder and the feature networks), or --data.init_args.images_per_prompt (now {data.images_per_prompt}; "
-            "half of it halves latents, images and the classifier's activations); more GPUs share the last"
-        ) from error
-
-
 def run_main(main: Any) -> None:
     """Run a command; a mistake becomes one line on standard error and exit status 2, a stop is no success.
 
@@ -351,7 +326,10 @@ def run_main(main: Any) -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run has a folder of its own
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")  # a resumed classifier has its old one
     try:
-        main()
+        with in_one_line():
+            main()
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # whose threads would else die with the process, and say so
     except (ValueError, MisconfigurationException) as error:
         if os.environ.get("FAIRNESS_DFT_TRACEBACK") == "1":
             raise

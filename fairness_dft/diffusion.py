@@ -126,6 +126,10 @@ class TextToImage(nn.Module, ABC):
         without, with_prompt = both.chunk(2)
         return without + guidance_scale * (with_prompt - without)
 
+    def denoiser_learns(self) -> bool:
+        """Whether anything in the denoising network itself is trained, not only what leads to its conditioning."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def noise(self, seeds: Tensor) -> Tensor:
         """Draws initial latents z_T ~ N(0, I), the same for the same seed on any device and in any batch.
 
@@ -308,6 +312,10 @@ class StableDiffusion(TextToImage):
         return prediction.to(latents.dtype)
 
     @override
+    def denoiser_learns(self) -> bool:
+        return _learns(self.unet)
+
+    @override
     def decode(self, latents: Tensor) -> Tensor:
         with _own_precision(self.vae):
             images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
@@ -320,10 +328,13 @@ def _own_precision(network: Any) -> AbstractContextManager:
     Autocast would change its tensors to single precision and back around each normalisation, which takes time and
     memory and gains nothing where weights are rounded already. Learned weights, which are in single precision, need it.
     """
-    half = network.dtype in (torch.float16, torch.bfloat16)
-    if not half or any(parameter.requires_grad for parameter in network.parameters()):
+    if _learns(network) or network.dtype not in (torch.float16, torch.bfloat16):
         return nullcontext()
     return torch.autocast(network.device.type, enabled=False)
+
+
+def _learns(network: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in network.parameters())
 
 
 def find_scheduler(name: str) -> Any:

@@ -25,6 +25,7 @@ from fairness_dft.cli import FairnessCLI, run_main, writable
 from fairness_dft.diffusers_adapter import DiffusersAdapter, NoAdapter
 from fairness_dft.html_report import html_report, shown_judge, write_html
 from fairness_dft.image_store import ImageFolder, ImageStore
+from fairness_dft.memory import telling_what_saves_memory
 from fairness_dft.metrics import finite_sample_floor
 from fairness_dft.monitors import BiasMonitor, QualityMonitor, results_of_test
 from fairness_dft.originals import content_of
@@ -127,7 +128,8 @@ def main(args: ArgsType = None) -> None:
         warn_of_few_images(images, module)
         warn_of_long_prompts(cut)
     started = time.monotonic()
-    trainer.test(module, dataloaders=loader, datamodule=None if loader else data, verbose=False)
+    with telling_what_saves_memory(module, data):
+        trainer.test(module, dataloaders=loader, datamodule=None if loader else data, verbose=False)
     if not trainer.is_global_zero:
         return
     facts = {

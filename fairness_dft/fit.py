@@ -11,8 +11,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from fairness_dft.attributes import Attribute
 from fairness_dft.callbacks import AdapterAverage
-from fairness_dft.cli import FairnessCLI, run_main, telling_what_saves_memory
+from fairness_dft.cli import FairnessCLI, run_main
 from fairness_dft.dashboard import final_metrics
+from fairness_dft.memory import telling_what_saves_memory
 from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor, results_of_test
 from fairness_dft.plan import print_plan
 from fairness_dft.prompt_files import SPLITS, normalise
@@ -60,7 +61,8 @@ def main(args: ArgsType = None) -> None:
     trained = time.monotonic()
     if unused["test"]:
         return  # asked to measure nothing
-    trainer.test(module, data, verbose=False)
+    with telling_what_saves_memory(module, data):
+        trainer.test(module, data, verbose=False)
     log_dir = trainer.log_dir  # a broadcast: every rank must ask
     if not trainer.is_global_zero or log_dir is None:
         return

@@ -26,6 +26,7 @@ References:
 import copy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Generator, Tensor
@@ -42,14 +43,23 @@ def solver_coefficients(scheduler: Any, steps: int) -> Tensor:
     v-prediction k_t is the coefficient of v_t.
 
     Args:
-        scheduler: A diffusers scheduler; it is copied, not changed.
+        scheduler: A diffusers scheduler; it is copied, not changed, and what it has is remembered while it exists.
         steps: The number of sampling steps.
 
     Returns:
         The coefficients k_t, with shape (T,), in float64. T is the number of network calls, which is `steps`
         for all but a few schedulers (Heun, PNDM).
     """
-    scheduler = copy.deepcopy(scheduler)
+    known = _known_coefficients.setdefault(scheduler, {})
+    if steps not in known:
+        known[steps] = _solver_coefficients(copy.deepcopy(scheduler), steps)
+    return known[steps].clone()
+
+
+_known_coefficients: WeakKeyDictionary[Any, dict[int, Tensor]] = WeakKeyDictionary()
+
+
+def _solver_coefficients(scheduler: Any, steps: int) -> Tensor:
     scheduler.set_timesteps(steps)
     outputs = torch.zeros(len(scheduler.timesteps), 1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # ancestral schedulers draw noise

@@ -10,6 +10,7 @@ References:
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,7 +148,8 @@ class FairFinetuning(LightningModule):
     @override
     def on_fit_start(self) -> None:
         if self.originals_folder:
-            settings = self.sampler.guidance_scale, str(self.trainer.precision), self.device.type, __version__
+            versions = __version__, *(version(name) for name in ("torch", "diffusers", "transformers"))
+            settings = self.sampler.guidance_scale, str(self.trainer.precision), self.device.type, *versions
             self.original_store = OriginalStore(Path(self.originals_folder), f"{self.frozen} {settings}")
         # Lightning warns of networks in evaluation mode; here they are frozen on purpose.
         warnings.filterwarnings("ignore", message="Found .* in eval mode")
@@ -273,7 +275,7 @@ class FairFinetuning(LightningModule):
         prompt, seeds = batch.prompt.text, batch.seeds.tolist()
         key = (prompt, steps, *seeds)
         if key in self.originals:
-            return self.originals[key]
+            return self.originals[key].to(noise.device)
         store = self.original_store if batch.recurs else None
         original = store.read(prompt, seeds, steps, noise.device) if store else None
         if original is None:
@@ -281,7 +283,7 @@ class FairFinetuning(LightningModule):
             if store:
                 store.write(prompt, seeds, steps, original)
         if batch.recurs:
-            self.originals[key] = original
+            self.originals[key] = original.to(torch.device("cpu"))  # of a whole run they would fill a GPU
         return original
 
     def look_at_original(self, batch: PromptBatch, noise: Tensor, steps: int) -> Original:

@@ -8,8 +8,10 @@ there at all, whatever processes share the folder and whenever one of them dies.
 """
 
 import hashlib
+import inspect
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,10 @@ class Original:
     verdict: Verdict
     features: list[Tensor]
     faces: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Original":
+        """The same on another device."""
+        return Original.from_tensors({name: values.to(device) for name, values in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, each with one row an image."""
@@ -88,7 +94,7 @@ class OriginalStore:
             return None
 
     def check(self) -> None:
-        """Make the folder.
+        """Make the folder, and remove drafts of yesterday and before, whose writers died.
 
         Raises:
             ValueError: if it cannot be written.
@@ -97,6 +103,9 @@ class OriginalStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=self.folder):
                 pass
+            for draft in self.folder.glob("*/*.part"):
+                if time.time() - draft.stat().st_mtime > 24 * 3600:
+                    draft.unlink(missing_ok=True)
         except OSError as error:
             raise self.refusal(error) from None
 
@@ -120,6 +129,8 @@ class OriginalStore:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 draft = file.with_name(f"{file.stem}.{uuid4().hex}.part")
                 save_file({name: values[row].clone() for name, values in tensors.items()}, draft)
+                with draft.open("rb") as written:
+                    os.fsync(written)  # or a name could outlive what it names, where the power fails
                 os.replace(draft, file)
         except (OSError, SafetensorError) as error:
             raise self.refusal(error) from None
@@ -129,8 +140,9 @@ def content_of(*parts: Any) -> str:
     """Hashes networks by what they compute: classes, settings, weights, and the files of face detectors.
 
     Args:
-        parts: loaded networks, or settings. Of this project's objects all public attributes count, of transformers'
-            and diffusers' their configuration and weights, of anything else its class.
+        parts: loaded networks, or settings. Of this project's objects all public attributes count, of a class that
+            is derived from them elsewhere all attributes and its source, of transformers' and diffusers' objects their
+            configuration and weights, of anything else its class.
 
     Returns:
         A hexadecimal digest.
@@ -163,7 +175,8 @@ def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
             yield from _pieces(item, seen)
     elif id(value) not in seen:
         seen.add(id(value))
-        yield type(value).__qualname__.encode()
+        derived = [kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] == "fairness_dft"]
+        yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
         if isinstance(value, nn.Module):
             yield from _pieces(dict(value._parameters) | dict(value._buffers) | dict(value._modules), seen)
         if isinstance(value, FaceDetector):
@@ -172,8 +185,18 @@ def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
             yield value.to_json_string().encode()
         elif hasattr(value, "get_vocab"):
             yield from _pieces(value.get_vocab(), seen)
-        elif type(value).__module__.partition(".")[0] == "fairness_dft":
-            own = {name: held for name, held in vars(value).items() if not name.startswith("_")}
-            yield from _pieces({name: held for name, held in own.items() if name != "training"}, seen)
+        elif derived:
+            foreign = type(value) is not derived[0]
+            yield _source(type(value)) if foreign else b""
+            own = {name: held for name, held in vars(value).items() if foreign or not name.startswith("_")}
+            yield from _pieces({name: held for name, held in own.items() if name not in vars(nn.Module())}, seen)
         elif isinstance(value, nn.Module) and hasattr(value, "config"):
             yield from _pieces(getattr(value.config, "to_dict", lambda: dict(value.config))(), seen)
+
+
+def _source(kind: type) -> bytes:
+    """The text of a class, where it is in a file."""
+    try:
+        return inspect.getsource(kind).encode()
+    except (OSError, TypeError):
+        return b""

@@ -15,6 +15,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,6 +23,7 @@ from fairness_dft.module import FairFinetuning
 from fairness_dft.prompts import PromptBatch, PromptModule
 
 MEASURED = 3
+BLOCK = 4096  # bytes
 SETTINGS = [
     "accelerator",
     "devices",
@@ -41,17 +43,21 @@ class Stopwatch(Callback):
         steps: seconds of each step, in which the frozen model's images were sampled too; the first only warms up.
         originals: seconds of that alone, sampled again.
         looks: seconds to sample and look at one image of a test or validation.
-        original_bytes: what is remembered of one image.
+        original_bytes: what is remembered of one image, in memory.
+        file_bytes: what its file would take on disk, in blocks of 4 KiB.
     """
 
     steps: list[float] = field(default_factory=list)
     originals: list[float] = field(default_factory=list)
     looks: list[float] = field(default_factory=list)
     original_bytes: int = 0
+    file_bytes: int = 0
     started: float = 0.0
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: FairFinetuning, *args: Any) -> None:
+        pl_module.originals.clear()
+        pl_module.original_store = None  # neither read, as every step is to sample its own, nor written
         finish(pl_module)
         self.started = time.perf_counter()
 
@@ -68,7 +74,10 @@ class Stopwatch(Callback):
             self.originals.append(took)
             took, _ = timed(lambda: self.look(pl_module, batch, few), pl_module)
         self.looks.append(took / len(few))
-        self.original_bytes = sum(values.nbytes for values in original.tensors().values()) // len(noise)
+        tensors = original.tensors()
+        self.original_bytes = sum(values.nbytes for values in tensors.values()) // len(noise)
+        file = len(save({name: values[0].cpu().clone() for name, values in tensors.items()}))
+        self.file_bytes = -(-file // BLOCK) * BLOCK
 
     @torch.no_grad()
     def look(self, module: FairFinetuning, batch: PromptBatch, noise: Tensor) -> None:
@@ -122,11 +131,14 @@ def plan(trainer: Trainer, data: PromptModule) -> Plan:
     """Count what `trainer` will do with `data`, whose training prompts are set up.
 
     Raises:
-        ValueError: if the run has no end.
+        ValueError: if the run has no end, or an interval is 0.
     """
-    prompts, epochs = len(data.train_dataloader()), trainer.max_epochs or -1
+    if not trainer.val_check_interval:
+        raise ValueError("--trainer.val_check_interval must be above 0; --trainer.limit_val_batches 0 validates never")
+    prompts, epochs, limit = len(data.train_dataloader()), trainer.max_epochs or -1, trainer.limit_train_batches
+    epoch = min(prompts, limit) if isinstance(limit, int) else int(prompts * limit)
     ends = [trainer.max_steps * trainer.accumulate_grad_batches] * (trainer.max_steps >= 0)
-    ends += [prompts * epochs] * (epochs >= 0)
+    ends += [epoch * epochs] * (epochs >= 0)
     if not ends:
         raise ValueError("--plan: this run has no end; give --trainer.max_steps")
     batches = min(ends)
@@ -136,10 +148,10 @@ def plan(trainer: Trainer, data: PromptModule) -> Plan:
         expected = prompts * data.noise_pool * (1 - (1 - 1 / data.noise_pool) ** visits)
         sets = min(batches, round(expected))
     every = trainer.val_check_interval
-    every = every if isinstance(every, int) else max(1, int(prompts * every))
+    every = every if isinstance(every, int) else int(epoch * every)
     if trainer.check_val_every_n_epoch is not None:
-        every = max(every, prompts * trainer.check_val_every_n_epoch)
-    validations = batches // every * bool(trainer.limit_val_batches)
+        every = max(every, epoch * trainer.check_val_every_n_epoch)
+    validations = batches // max(1, every) * bool(trainer.limit_val_batches)
     validation = validations * len(data.prompts("validation")) * data.validation_images_per_prompt * 3
     test = len(data.prompts("test")) * data.test_images_per_prompt * 2 * bool(trainer.limit_test_batches)
     steps = batches // trainer.accumulate_grad_batches
@@ -175,7 +187,7 @@ def show(todo: Plan, measured: Stopwatch, trainer: Trainer) -> None:
     )
     training = todo.batches * (cold - original) + todo.sets * original
     looks = look / trainer.world_size
-    kept = todo.sets * todo.images * measured.original_bytes
+    kept, on_disk = (todo.sets * todo.images * each for each in (measured.original_bytes, measured.file_bytes))
     if trainer.strategy.root_device.type == "cuda":
         memory, where = torch.cuda.max_memory_allocated(), "on each GPU"
     else:
@@ -185,6 +197,7 @@ def show(todo: Plan, measured: Stopwatch, trainer: Trainer) -> None:
     table.add_row("  of it the frozen model's", "where not remembered", duration(original))
     table.add_row("training", f"{todo.steps} steps, {todo.batches * todo.images} images", duration(training))
     table.add_row("  remembered of the frozen model", f"{todo.sets * todo.images} images, {size(kept)}", "")
+    table.add_row("    as files, where there is a folder for them", size(on_disk), "")
     table.add_row("validation", f"{todo.validation} images", duration(todo.validation * looks))
     table.add_row("test", f"{todo.test} images", duration(todo.test * looks))
     table.add_row("all", "", duration(training + (todo.validation + todo.test) * looks))

@@ -7,7 +7,8 @@ the gradient of a loss L on z_0 is a sum of independent terms,
 
 each of which needs z_t, t, the conditioning and dL/dz_0, and nothing else. So sampling builds no graph, and the
 backward pass calls the network again on whichever rows it likes: of any steps, of either branch of guidance, as many at
-a time as there is memory for.
+a time as there is memory for. A branch whose conditioning does not depend on what is learned is left out, unless the
+network learns too.
 
 In the code `weight` is w_t = k_t times the factor of the gradient path (for the adjusted gradient, the same number A
 for all t), `guidance_scale` is s, and a row is one image at one step in one branch.
@@ -64,14 +65,14 @@ def replayed(
         rows: How many rows the network works on at a time.
     """
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    way_back = _WayBack(calls, model, guidance_scale, rows, _Precision(latents.device.type))
+    way_back = WayBack(calls, model, guidance_scale, rows, _Precision(latents.device.type))
     return _Replay.apply(latents, way_back, conditioning, unconditional, *learned)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, latents: Tensor, way_back: "_WayBack", conditioning: Tensor, unconditional: Tensor, *learned: Tensor
+        ctx: Any, latents: Tensor, way_back: "WayBack", conditioning: Tensor, unconditional: Tensor, *learned: Tensor
     ) -> Tensor:
         ctx.way_back = way_back
         ctx.save_for_backward(conditioning, unconditional, *learned)
@@ -85,7 +86,9 @@ class _Replay(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _WayBack:
+class WayBack:
+    """Calls the network again, a few rows at a time, when the gradient of z_0 is known."""
+
     calls: Sequence[Call]
     model: TextToImage
     guidance_scale: float
@@ -96,13 +99,16 @@ class _WayBack:
         self, gradient: Tensor, conditioning: Tensor, unconditional: Tensor, learned: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """Gradients of either branch's conditioning, and of all that is learned, from that of z_0."""
-        scales, branches = [1 - self.guidance_scale, self.guidance_scale], [unconditional, conditioning]
-        if self.guidance_scale == 1:  # the empty prompt is not asked
-            scales, branches = scales[1:], branches[1:]
-        conditionings = torch.stack([branch.detach() for branch in branches]).requires_grad_()
+        found: list[Tensor | None] = [None] * (2 + len(learned))
+        branches, scales = (unconditional, conditioning), (1 - self.guidance_scale, self.guidance_scale)
+        learns = self.model.denoiser_learns()
+        asked = [i for i, branch in enumerate(branches) if scales[i] and (learns or branch.requires_grad)]
+        if not asked:
+            return found
+        conditionings = torch.stack([branches[i].detach() for i in asked]).requires_grad_()
         latents = torch.stack([call.latents for call in self.calls])
         timesteps = torch.stack([call.timestep for call in self.calls])
-        weights = torch.tensor([[call.weight * scale for scale in scales] for call in self.calls], dtype=torch.double)
+        weights = torch.tensor([[call.weight * scales[i] for i in asked] for call in self.calls], dtype=torch.double)
         weights = weights.to(gradient)
 
         wanted = conditionings, *learned
@@ -112,14 +118,14 @@ class _WayBack:
             with torch.enable_grad(), self.precision.autocast():
                 prediction = self.model.denoise(latents[step, image], timesteps[step], conditionings[branch, image])
             weight = weights[step, branch].view(-1, *[1] * (gradient.ndim - 1))
-            found = torch.autograd.grad(prediction, wanted, gradient[image] * weight, allow_unused=True)
-            totals = [_add(total, value) for total, value in zip(totals, found, strict=True)]
+            values = torch.autograd.grad(prediction, wanted, gradient[image] * weight, allow_unused=True)
+            totals = [_add(total, value) for total, value in zip(totals, values, strict=True)]
 
-        of_branches, *of_learned = totals
-        if of_branches is None:  # the network does not read its conditioning
-            return [None, None, *of_learned]
-        *of_unconditional, of_conditioning = of_branches.to(conditioning.dtype)
-        return [of_conditioning, of_unconditional[0] if of_unconditional else None, *of_learned]
+        of_branches, *found[2:] = totals
+        if of_branches is not None:  # as it is where the network does not read its conditioning
+            for i, value in zip(asked, of_branches.to(conditioning.dtype), strict=True):
+                found[1 - i] = value
+        return found
 
 
 def _add(total: Tensor | None, value: Tensor | None) -> Tensor | None:

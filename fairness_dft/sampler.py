@@ -140,9 +140,11 @@ class Sampler:
         if len(prompts) not in (1, len(noise)):
             raise ValueError(f"`prompts` must be one, or one for each of the {len(noise)} images; got {len(prompts)}")
         steps = self.draw_steps(generator) if steps is None else steps
-        embeddings = model.encode([*prompts, ""])
-        conditioning = embeddings[:-1].expand(len(noise), -1, -1)
-        unconditional = embeddings[-1:].expand(len(noise), -1, -1)
+        if model.prefix:  # which the empty prompt does not have: by itself it has no graph of that
+            embeddings = model.encode(prompts), model.encode([""])
+        else:
+            embeddings = model.encode([*prompts, ""]).tensor_split([-1])
+        conditioning, unconditional = (found.expand(len(noise), -1, -1) for found in embeddings)
 
         scheduler = copy.deepcopy(model.scheduler)  # it keeps the history of its multistep solver
         scheduler.set_timesteps(steps)  # on the CPU, where its lookups do not make a GPU wait

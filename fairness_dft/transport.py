@@ -314,7 +314,7 @@ def draw_counts(
     return np.unique(np.stack([*counts, left], axis=1), axis=0, return_counts=True)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def binomial_table(images: int, share: float) -> np.ndarray:
     """P(m ≤ j) of m ~ Binomial(i, share), for i and j from 0 to n, with shape (n + 1, n + 1); not to be changed."""
     every = np.arange(images + 1)

@@ -334,17 +334,44 @@ def test_a_file_without_test_prompts_trains_where_no_test_is_wanted(tmp_path, ca
     assert not list(tmp_path.rglob("results.json"))
 
 
-def test_out_of_memory_names_what_saves_it(tmp_path, capsys, monkeypatch):
+EVALUATION = ("evaluation_sampler.images_at_once (now 3;", "evaluation_sampler.decode_chunk (now ")
+
+
+@pytest.mark.parametrize(
+    ("where", "checkpoint", "options", "settings"),
+    [
+        ("training", "true", ["--model.sampler.images_at_once=2"],
+         ("model.sampler.images_at_once (now 2;", "model.sampler.decode_chunk (now 64;", "images_per_prompt (now 4;")),
+        ("training", "false", [], ("checkpoint=true", "images_per_prompt (now 4;", "model.sampler.steps (now 2;")),
+        ("validation", "true", ["--model.evaluation_sampler.images_at_once=3"],
+         (*EVALUATION, "validation_images_per_prompt (now ")),
+        ("test", "true", ["--model.evaluation_sampler.images_at_once=3", "--trainer.limit_val_batches=0"],
+         (*EVALUATION, "test_images_per_prompt (now ")),
+    ],
+)  # fmt: skip
+def test_out_of_memory_names_what_saves_it(tmp_path, capsys, monkeypatch, where, checkpoint, options, settings):
     def exhausted(*_):
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
         )
 
-    monkeypatch.setattr(FairFinetuning, "training_step", exhausted)
-    line = refused(capsys, small(tmp_path, "--model.sampler.images_at_once=2"))
-    assert "(CUDA out of memory)" in line
-    for setting in ("sampler.images_at_once (now 2;", "sampler.decode_chunk (now 64;", "images_per_prompt (now "):
-        assert setting in line and "half of it halves" in line.partition(setting)[2]
+    at_work = "training_step" if where == "training" else "compare"
+    monkeypatch.setattr(FairFinetuning, at_work, exhausted)
+    line = refused(capsys, small(tmp_path, *options, f"--model.sampler.checkpoint={checkpoint}"))
+    assert "(CUDA out of memory)" in line and "Traceback" not in line
+    for setting in settings:
+        assert setting in line
+    assert line.count("(now ") == line.count("half of it halves") == len(settings) - ("checkpoint=true" in line)
+
+
+def test_out_of_memory_of_the_cpu_is_one_line_in_every_command(capsys):
+    def exhausted():
+        torch.empty(2**60, dtype=torch.uint8)
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(exhausted)
+    assert stop.value.code == 2
+    assert re.fullmatch(r"error: the memory does not suffice \(.*\); let the command .*\n", capsys.readouterr().err)
 
 
 def test_a_monitor_that_cannot_load_is_refused_before_any_large_network(tmp_path, capsys, monkeypatch):

@@ -84,10 +84,21 @@ def test_two_processes_train_the_same_adapter(runs):
 
 
 def test_two_processes_have_the_same_gradient(runs):
+    assert_same_gradient(runs[0], runs[1].parent / "version_0")
+
+
+def test_two_processes_that_make_calls_again_have_the_same_gradient(tmp_path):
+    """Three rows at a time, so that each process cuts its own across steps, branches and images."""
+    again = ("--model.sampler.checkpoint=true", "--model.sampler.images_at_once=3", "--model.semantics_weight=0")
+    again += ("--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.limit_test_batches=0")
+    assert_same_gradient(fit(tmp_path / "alone", *again), fit(tmp_path / "together", *again, *TWO))
+
+
+def assert_same_gradient(*runs: Path) -> None:
     """By Adam's first moment after three steps, which is a weighted sum of their gradients."""
     alone, together = (
         torch.load(next((run / "checkpoints").glob("*step=3.ckpt")), weights_only=True)["optimizer_states"][0]["state"]
-        for run in (runs[0], runs[1].parent / "version_0")
+        for run in runs
     )
     assert alone.keys() == together.keys() and len(alone) > 20
     for number, moments in alone.items():

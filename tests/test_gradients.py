@@ -1,10 +1,12 @@
 """Coefficients and weights against closed forms and figures measured on Stable Diffusion's noise schedule."""
 
+from collections import Counter
 from itertools import combinations
 
 import diffusers
 import pytest
 import torch
+from scipy.stats import chisquare
 from torch.testing import assert_close
 
 from fairness_dft.gradients import (
@@ -159,6 +161,15 @@ def test_random_steps_reach_every_subset_and_repeat_with_the_generator() -> None
     assert drawn == set(combinations(range(4), 2))
     one, other = (path.select(50, torch.Generator().manual_seed(3)) for _ in range(2))
     assert_close(one, other)
+
+
+@pytest.mark.parametrize(("total", "count"), [(4, 2), (5, 1), (5, 4)])
+def test_random_steps_are_drawn_evenly(total: int, count: int) -> None:
+    """Every subset as often as every other, up to what chance does in 4,000 draws."""
+    path, generator = GradientPath(steps="random", count=count), torch.Generator().manual_seed(1)
+    drawn = Counter(tuple(path.select(total, generator).nonzero().flatten().tolist()) for _ in range(4_000))
+    assert set(drawn) == set(combinations(range(total), count))
+    assert chisquare(list(drawn.values())).pvalue > 1e-3
 
 
 def test_alignprop_truncates_everywhere() -> None:

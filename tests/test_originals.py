@@ -1,5 +1,6 @@
 """What is remembered of the frozen model's images, from one run to the next."""
 
+import os
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from miniature import PORTRAITS, finetuning, judge, prompts, trainer
 from torch.testing import assert_close
 
 from fairness_dft.classifiers import Verdict
-from fairness_dft.detectors import InsightFace
+from fairness_dft.detectors import FaceDetector, InsightFace
+from fairness_dft.faces import DetectedFaces
 from fairness_dft.features import Clip
 from fairness_dft.originals import Original, OriginalStore, content_of
 from fairness_dft.preprocessing import Preprocessing
@@ -131,6 +133,49 @@ def test_content_is_that_of_the_judge_and_its_detector(tmp_path: Path) -> None:
     network.doc_string = "another one"
     onnx.save(network, tmp_path / file.name)
     assert content(folder=tmp_path) != before
+
+
+class UsersFaces(DetectedFaces):
+    """A finder that a user derived, which keeps a setting to itself."""
+
+    def __init__(self, *arguments, threshold: float = 0.1, **settings) -> None:
+        super().__init__(*arguments, **settings)
+        self._threshold = threshold
+
+
+class UsersDetector(FaceDetector):
+    """A detector of a user's own."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def load(self) -> None:
+        pass
+
+    def detect(self, picture):
+        raise NotImplementedError
+
+
+def test_content_is_that_of_what_users_derived() -> None:
+    def finder(least: int = 1, kind=UsersFaces, **settings) -> DetectedFaces:
+        return kind([UsersDetector(least)], size=32, **settings)
+
+    same, others = finder(), [finder(threshold=0.9), finder(margin=0.7), finder(2), finder(kind=DetectedFaces)]
+    contents = [content_of(each) for each in (same, *others)]
+    assert content_of(finder()) == contents[0] and len(set(contents)) == 5
+
+
+def test_drafts_of_the_dead_are_removed(tmp_path: Path) -> None:
+    store = OriginalStore(tmp_path, "model")
+    store.write("a chef", SEEDS, STEPS, original())
+    old, new = (tmp_path / "ab" / f"{name}.part" for name in ("old", "new"))
+    old.parent.mkdir(exist_ok=True)
+    for draft in (old, new):
+        draft.touch()
+    os.utime(old, (0, 0))
+    store.check()
+    assert not old.exists() and new.exists()
+    assert_same(store.read("a chef", SEEDS, STEPS, CPU), original())
 
 
 @pytest.mark.slow

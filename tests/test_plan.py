@@ -8,12 +8,13 @@ from test_cli import refused, small
 
 from fairness_dft import evaluate
 from fairness_dft.fit import main
-from fairness_dft.plan import Plan, duration, plan, size
+from fairness_dft.module import FairFinetuning
+from fairness_dft.plan import MEASURED, Plan, duration, plan, size
 
 
 def trainer(**settings) -> SimpleNamespace:
     usual = dict(max_steps=-1, max_epochs=-1, accumulate_grad_batches=1, val_check_interval=1.0)
-    usual |= dict(check_val_every_n_epoch=1, limit_val_batches=1.0, limit_test_batches=1.0)
+    usual |= dict(check_val_every_n_epoch=1, limit_val_batches=1.0, limit_test_batches=1.0, limit_train_batches=1.0)
     return SimpleNamespace(**usual | settings)
 
 
@@ -37,6 +38,17 @@ def test_a_run_in_epochs_with_noise_that_recurs() -> None:
     assert plan(trainer(max_steps=20), prompts(noise_pool=2)).sets == 15
 
 
+def test_epochs_may_be_cut_short() -> None:
+    assert plan(trainer(max_epochs=2, limit_train_batches=4), prompts()).steps == 8
+    assert plan(trainer(max_epochs=2, limit_train_batches=0.5), prompts()).steps == 10
+    assert plan(trainer(max_epochs=2, limit_train_batches=0), prompts()) == Plan(0, 0, 8, 0, 0, 96)
+
+
+def test_an_interval_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="--trainer.val_check_interval must be above 0"):
+        plan(trainer(max_steps=20, val_check_interval=0), prompts())
+
+
 def test_a_run_without_an_end_has_no_plan() -> None:
     with pytest.raises(ValueError, match="--plan: this run has no end; give --trainer.max_steps"):
         plan(trainer(), prompts())
@@ -52,6 +64,20 @@ def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, capsys) -> None:
     assert 0 < original < step and step < training <= 20 * (step + 0.01)
     assert everything == pytest.approx(training + validation + test, abs=0.03)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_is_remembered_already_is_neither_read_nor_written(tmp_path, capsys, monkeypatch) -> None:
+    """One prompt with one set of noise: after the first step, a run would remember it."""
+    store, looked = tmp_path / "originals", []
+    look = FairFinetuning.look_at_original
+    monkeypatch.setattr(FairFinetuning, "look_at_original", lambda *given: looked.append(1) or look(*given))
+    (tmp_path / "one.txt").write_text("a photo of the face of a barber")
+    more = (f"--data.init_args.file={tmp_path / 'one.txt'}", "--data.init_args.train_subjects=null")
+    more += ("--plan", "--data.init_args.noise_pool=1", f"--model.originals_folder={store}")
+    main(small(tmp_path / "runs", *more))
+    assert len(looked) == 2 * (MEASURED + 1)  # in each step, and once more to be timed alone
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["one.txt"]
+    assert re.search(r"as files, where .* 0\.0 MiB", capsys.readouterr().out)
 
 
 def test_only_a_fit_has_a_plan(tmp_path, capsys) -> None:

@@ -12,12 +12,14 @@ from torch.testing import assert_close
 from fairness_dft.adapters import Adapter, Combined, TextEncoderLoRA, UNetLoRA
 from fairness_dft.diffusion import StableDiffusion
 from fairness_dft.gradients import GradientPath
+from fairness_dft.prompt_prefix import PromptPrefix
 from fairness_dft.sampler import Sampler
 
 PROMPTS = ["a chef", "a nurse at work", "a photo of the face of a judge, a person"]
 ADAPTERS = {
     "text encoder": lambda: TextEncoderLoRA(rank=2),
     "U-Net": lambda: UNetLoRA(rank=2),
+    "prefix": lambda: PromptPrefix(2),
     "both": lambda: Combined([TextEncoderLoRA(rank=2), UNetLoRA(rank=2)]),
 }
 
@@ -44,7 +46,8 @@ def gradient(model: StableDiffusion, adapter: Adapter, prompts: str | list[str] 
     sampler = Sampler(**{"steps": 3, "guidance_scale": 3.0} | options)
     images = sampler(model, prompts, model.noise(torch.arange(3)), generator=torch.Generator().manual_seed(0))
     loss = (images * torch.linspace(-1, 2, images.numel()).view_as(images)).sum()
-    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(adapter.parameters()))])
+    found = torch.autograd.grad(loss, list(adapter.parameters()), materialize_grads=True)  # a moving average has none
+    return torch.cat([part.flatten() for part in found])
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
@@ -105,6 +108,29 @@ def test_sampling_has_no_graph_and_going_back_takes_some_rows_of_any_steps(
     assert sum(sizes) == total and max(sizes) <= rows and max(sizes) - min(sizes) <= 1
     assert len(calls) == -(-total // rows)
     assert len(set().union(*(steps for *_, steps in calls))) == 2
+
+
+@pytest.mark.parametrize(
+    ("kinds", "branches"),
+    [(["prefix"], 1), (["text encoder"], 2), (["prefix", "U-Net"], 2), (["prefix", "text encoder"], 2)],
+)
+def test_a_branch_that_nothing_learned_leads_to_is_left_out(
+    folder: Path, kinds: list[str], branches: int, monkeypatch
+) -> None:
+    adapter = Combined([ADAPTERS[kind]() for kind in kinds])
+    model = finetuned(folder, adapter)
+    expected = gradient(model, adapter, checkpoint=False)
+    rows, denoise = [], model.denoise
+
+    def watched(latents, timestep, conditioning):
+        rows.append(len(latents) * torch.is_grad_enabled())
+        return denoise(latents, timestep, conditioning)
+
+    monkeypatch.setattr(model, "denoise", watched)
+    found = gradient(model, adapter, images_at_once=4)
+    assert sum(rows) == 3 * 3 * branches  # steps and images
+    assert found.norm() > 0
+    assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
