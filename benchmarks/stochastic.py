@@ -115,10 +115,10 @@ def show(curves: dict[int, list[Curve]], floor: float) -> None:
 
 
 def draw(curves: dict[int, list[Curve]], floor: float, file: Path) -> None:
-    """Draw the mean bias of the seeds, with their range, against steps and against seconds."""
+    """Draw the bias of each seed, thin, and their mean, against steps and against seconds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     panels: Any = figure.subplots(1, 2, sharey=True)
     for panel, axis, name in zip(panels, (0, 1), ("training steps", "seconds of training"), strict=True):
         for count, runs in sorted(curves.items()):
@@ -126,12 +126,12 @@ def draw(curves: dict[int, list[Curve]], floor: float, file: Path) -> None:
             across = [statistics.mean(point[axis] for point in column) for column in points]
             biases = [[point[2] for point in column] for column in points]
             (line,) = panel.plot(across, [statistics.mean(column) for column in biases], marker="o", label=label(count))
-            bounds = [min(column) for column in biases], [max(column) for column in biases]
-            panel.fill_between(across, *bounds, color=line.get_color(), alpha=0.15)
+            for seed in zip(*biases, strict=True):
+                panel.plot(across, seed, color=line.get_color(), alpha=0.3, linewidth=0.8)
         panel.axhline(floor, color="grey", linestyle=":", label="floor")
-        panel.set(xlabel=name, ylim=(0, None))
+        panel.set(xlabel=name, xlim=(0, None), ylim=(0, None))
     panels[0].set(ylabel="gender bias on validation prompts")
-    panels[1].legend(title="steps that carry gradient")
+    panels[1].legend(title="steps that\ncarry gradient", loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.savefig(file, dpi=120)
 
 
