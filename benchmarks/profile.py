@@ -82,7 +82,8 @@ def ranges(module: Comparison) -> Iterator[set[str]]:
     back = module.manual_backward
 
     def backward(loss: Tensor) -> None:
-        backwards.enter(FEATURES_BACK)
+        # Entered where the gradient begins: on a GPU the way back is in a thread of its own, as every range is.
+        loss.register_hook(lambda gradient: backwards.enter(FEATURES_BACK))
         back(loss)
         backwards.leave()
 

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -82,9 +83,10 @@ def ways(scale: Scale) -> dict[str, Way]:
     # As many rows as the authors' micro-batch has in two branches of guidance, and fewer images for the decoder, which
     # works at full resolution and keeps all activations of a chunk.
     shared |= dict(decode_chunk=max(1, scale.micro_batch // 2), images_at_once=2 * scale.micro_batch)
+    half = dict(decode_chunk=max(1, scale.micro_batch // 4), images_at_once=scale.micro_batch)
     exact = {
         "exact": dict(checkpoint=True),
-        "exact, half of the rows": dict(checkpoint=True, images_at_once=scale.micro_batch),
+        "exact, half of the rows": dict(checkpoint=True, **half),
         "exact, activations kept": dict(checkpoint=False),
     }
     for name, own in exact.items():
@@ -161,10 +163,11 @@ class Comparison(FairFinetuning):
                 way.operations = counter.get_total_flops() / self.sampling_pass(batch)
             return
         seconds, memory = self.take(step)
-        print(f"{name}: {seconds:.3f} s, {memory / 2**20:.0f} MiB", file=sys.stderr, flush=True)
         way.seconds.append(seconds)
         way.memory = max(way.memory, memory)
         self.compare(way)
+        told = f"{seconds:.3f} s, {memory / 2**20:.0f} MiB, cosine {way.cosine:.6f}"
+        print(f"{name}: {told}", file=sys.stderr, flush=True)
 
     def take(self, step: Callable[[], None]) -> tuple[float, int]:
         """Take a step that is measured: its seconds and bytes."""
@@ -263,9 +266,14 @@ def measure(
         module = kind(scale, compared, not options.no_count, **arguments)
         module.configure_model()
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    precision = dict(precision=options.precision)
+    if options.precision == "16-mixed":
+        device = accelerator.replace("gpu", "cuda")
+        scaler = torch.amp.GradScaler(device, init_scale=options.loss_scale)
+        precision = dict(plugins=MixedPrecision("16-mixed", device, scaler))
     trainer = Trainer(
         accelerator=accelerator, devices=processes, strategy="auto" if processes == 1 else "ddp", max_epochs=1,
-        limit_val_batches=0, precision=options.precision, use_distributed_sampler=False, **off,
+        limit_val_batches=0, use_distributed_sampler=False, **precision, **off,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no validation and few workers are meant
@@ -278,6 +286,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=SCALES, default="miniature")
     parser.add_argument("--rounds", type=positive, default=5, help="timed ones, after one that is not")
     parser.add_argument("--precision", default="32-true", choices=PRECISIONS, help="of the trainer")
+    parser.add_argument("--loss-scale", type=float, default=2.0**16, help="what 16-mixed multiplies the loss by")
     parser.add_argument("--weights", default="float32", choices=WEIGHTS, help="data type of the frozen generator")
     parser.add_argument("--compile", action="store_true", help="compile the U-Net's transformer blocks")
 
