@@ -4,7 +4,7 @@
 
 An exact step whose originals are remembered. Each part is a range of the profiler; the way back is cut where the
 gradient reaches the images, the latents, and the embeddings of the prompts. What is in no range is the rest: losses,
-logging, Lightning. On a GPU the times are those of its kernels, and the rest is also what it waited.
+logging, Lightning. On a GPU a part is from the first of its kernels to the last, with what the GPU waits in between.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from typing_extensions import override
 
@@ -49,7 +50,9 @@ class Profiled(Comparison):
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
         with ranges(self) as names, profile(activities=activities) as profiler:
             seconds, memory = super().take(step)
-        found = {event.key: event for event in profiler.key_averages() if event.key in names}
+        device = DeviceType.CUDA if on_gpu else DeviceType.CPU  # a range is there twice on a GPU: launches and kernels
+        events = (event for event in profiler.key_averages() if event.device_type == device)
+        found = {event.key: event for event in events if event.key in names}
         times = {name: found[name].device_time_total if on_gpu else found[name].cpu_time_total for name in found}
         self.shares, self.seconds = {name: time / 1e6 for name, time in times.items()}, seconds
         return seconds, memory

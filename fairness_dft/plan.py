@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
@@ -135,8 +136,8 @@ def plan(trainer: Trainer, data: PromptModule) -> Plan:
     """
     if not trainer.val_check_interval:
         raise ValueError("--trainer.val_check_interval must be above 0; --trainer.limit_val_batches 0 validates never")
-    prompts, epochs, limit = len(data.train_dataloader()), trainer.max_epochs or -1, trainer.limit_train_batches
-    epoch = min(prompts, limit) if isinstance(limit, int) else int(prompts * limit)
+    loader, epochs = data.train_dataloader(), trainer.max_epochs or -1
+    epoch = limited(len(loader), trainer.limit_train_batches)
     ends = [trainer.max_steps * trainer.accumulate_grad_batches] * (trainer.max_steps >= 0)
     ends += [epoch * epochs] * (epochs >= 0)
     if not ends:
@@ -144,18 +145,23 @@ def plan(trainer: Trainer, data: PromptModule) -> Plan:
     batches = min(ends)
     sets = batches
     if data.noise_pool:
-        visits = batches / prompts  # of each prompt, each with one of its sets
-        expected = prompts * data.noise_pool * (1 - (1 - 1 / data.noise_pool) ** visits)
+        visits = batches / len(loader) * np.bincount(loader.slots)  # of each prompt, each with one of its sets
+        expected = data.noise_pool * (1 - (1 - 1 / data.noise_pool) ** visits).sum()
         sets = min(batches, round(expected))
     every = trainer.val_check_interval
     every = every if isinstance(every, int) else int(epoch * every)
     if trainer.check_val_every_n_epoch is not None:
         every = max(every, epoch * trainer.check_val_every_n_epoch)
-    validations = batches // max(1, every) * bool(trainer.limit_val_batches)
-    validation = validations * len(data.prompts("validation")) * data.validation_images_per_prompt * 3
-    test = len(data.prompts("test")) * data.test_images_per_prompt * 2 * bool(trainer.limit_test_batches)
+    validated = limited(len(data.prompts("validation")), trainer.limit_val_batches)
+    validation = batches // max(1, every) * validated * data.validation_images_per_prompt * 3
+    test = limited(len(data.prompts("test")), trainer.limit_test_batches) * data.test_images_per_prompt * 2
     steps = batches // trainer.accumulate_grad_batches
     return Plan(steps, batches, data.images_per_prompt, sets, validation, test)
+
+
+def limited(batches: int, limit: int | float) -> int:
+    """How many of the batches Lightning takes: so many, or such a share."""
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def print_plan(trainer: Trainer, settings: dict[str, Any], module: FairFinetuning, data: PromptModule) -> None:

@@ -1,8 +1,10 @@
 """What a run will take, beside counting by hand."""
 
 import re
+from collections.abc import Iterable
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from test_cli import refused, small
 
@@ -10,6 +12,7 @@ from fairness_dft import evaluate
 from fairness_dft.fit import main
 from fairness_dft.module import FairFinetuning
 from fairness_dft.plan import MEASURED, Plan, duration, plan, size
+from fairness_dft.prompts import MixedPrompts
 
 
 def trainer(**settings) -> SimpleNamespace:
@@ -18,10 +21,18 @@ def trainer(**settings) -> SimpleNamespace:
     return SimpleNamespace(**usual | settings)
 
 
-def prompts(noise_pool: int | None = None) -> SimpleNamespace:
+class Loader(list):
+    """Prompts by number, each as often as it comes in an epoch."""
+
+    @property
+    def slots(self) -> np.ndarray:
+        return np.array(self)
+
+
+def prompts(noise_pool: int | None = None, slots: Iterable[int] = range(10)) -> SimpleNamespace:
     of_split = {"validation": ["a", "b"], "test": ["a", "b", "c"]}
     return SimpleNamespace(
-        train_dataloader=lambda: range(10), prompts=of_split.get, noise_pool=noise_pool, images_per_prompt=8,
+        train_dataloader=lambda: Loader(slots), prompts=of_split.get, noise_pool=noise_pool, images_per_prompt=8,
         validation_images_per_prompt=4, test_images_per_prompt=16,
     )  # fmt: skip
 
@@ -38,10 +49,30 @@ def test_a_run_in_epochs_with_noise_that_recurs() -> None:
     assert plan(trainer(max_steps=20), prompts(noise_pool=2)).sets == 15
 
 
+def test_a_prompt_that_comes_more_often_has_no_more_sets() -> None:
+    found = plan(trainer(max_steps=3000), prompts(noise_pool=3, slots=[0, *[1] * 6, *[2] * 3]))
+    assert found.sets == 9
+    # Two visits of the first prompt and four of the second, each with one of two sets: 3/4 and 15/16 of them are met.
+    assert plan(trainer(max_steps=6), prompts(noise_pool=2, slots=[0, 1, 1])).sets == 3
+
+
+def test_the_loader_tells_how_often_each_prompt_comes() -> None:
+    files = ["data/prompts/occupations.json", "data/prompts/descriptors.json"]
+    data = MixedPrompts(files=files, weights=[1, 4], noise_pool=2, train_prompts=5)
+    met = {(batch.index, batch.noise_set) for _ in range(40) for batch in data.train_dataloader()}
+    found = plan(trainer(max_steps=2000), data).sets
+    assert found == 2 * 10 and len(met) <= found
+
+
 def test_epochs_may_be_cut_short() -> None:
     assert plan(trainer(max_epochs=2, limit_train_batches=4), prompts()).steps == 8
     assert plan(trainer(max_epochs=2, limit_train_batches=0.5), prompts()).steps == 10
     assert plan(trainer(max_epochs=2, limit_train_batches=0), prompts()) == Plan(0, 0, 8, 0, 0, 96)
+
+
+def test_validation_and_test_may_be_cut_short() -> None:
+    found = plan(trainer(max_epochs=1, limit_val_batches=1, limit_test_batches=0.67), prompts())
+    assert (found.validation, found.test) == (1 * 4 * 3, 2 * 16 * 2)
 
 
 def test_an_interval_of_nothing_is_refused() -> None:
