@@ -33,7 +33,8 @@ class Attribute:
             attributes: each one's own by its name, where those left out are uniform and all are independent, or
             the whole table, such as {"woman, old": 0.1, "woman, young": 0.4, "man, young": 0.5}.
         targets: other targets than that, by prompt, subject or concept, the most particular first; attributes that one
-            leaves out keep their shares of `target`.
+            leaves out keep their shares of `target`. A training prompt that names a class of these attributes is
+            trained towards that, given the target of its subject or concept; a target of the very prompt stands.
         confidence: C, the confidence that a dynamic target must reach to be used, in [0, 1]; a draw between
             classes is never used.
         factor1: weight of the image-semantics loss where the target differs from the original image's class

@@ -18,6 +18,7 @@ from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
 from fairness_dft.report import GridRow, GridSide, comparison_grid
+from fairness_dft.targets import PromptTargets
 
 AT_ONCE = 64  # images that are drawn, or read, at a time
 PICTURED = 12  # images of a prompt in the report
@@ -38,9 +39,7 @@ class Audit(FairFinetuning):
             return super().configure_model()
         if not self.loaded:
             self.judge.load()
-            self.distributions = self.attribute.distributions(
-                {name: self.judge.classes(name) for name in self.attribute.names}
-            )
+            self.targets = PromptTargets(self.attribute, self.judge.classes)
             for network in self.features:
                 network.load()
             self.loaded = True

@@ -26,6 +26,7 @@ from fairness_dft.diagnosis import DEVIATION, PATHS, GradientStatistics, clipped
 from fairness_dft.module import FairFinetuning
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
+from fairness_dft.targets import check_names
 
 PARTS = {
     "exact": "|k_t B_t ∂ε_t/∂θ|, exact",
@@ -124,6 +125,7 @@ def main(args: ArgsType = None) -> None:
     batches = [replace(batch, prompt=prompt) for _ in range(cli.config.batches) for batch in loader]
     trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, tuple(MONITORS.values()))]
     module.generator.check()
+    check_names(module.attribute, module.judge, [prompt])
     module.configure_model()
     statistics = compare_paths(trainer, module, batches)
     norms = steps_table(module.to(trainer.strategy.root_device), prompt.text, cli.config.noises)

@@ -20,6 +20,7 @@ from fairness_dft.prompt_files import SPLITS, normalise
 from fairness_dft.prompts import PromptModule
 from fairness_dft.report import print_results
 from fairness_dft.results import surroundings, write_json
+from fairness_dft.targets import check_names
 
 SEEN = "the test figures are not of unseen prompts; a JSON file keeps the two apart (data/prompts/README.md)"
 
@@ -50,6 +51,7 @@ def main(args: ArgsType = None) -> None:
     for monitor in (find[BiasMonitor], find[QualityMonitor]):
         monitor.load()  # small networks first: what is wrong with them is told before the large ones load
     find[BiasMonitor].check_names([] if unused["test"] else data.prompts("test"), module.judge)
+    check_names(module.attribute, module.judge, data.prompts("train"))
     module.configure_model()
     if cli.config.plan:
         with telling_what_saves_memory(module, data):

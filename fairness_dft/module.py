@@ -9,7 +9,7 @@ References:
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from fairness_dft.originals import Original, OriginalStore, content_of
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
 from fairness_dft.sampler import Sampler
+from fairness_dft.targets import PromptTargets, named
 from fairness_dft.transport import expected_joint_targets
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -123,8 +124,7 @@ class FairFinetuning(LightningModule):
         self.judge.load()
         if self.face_realism:
             self.face_realism.load()
-        classes = {name: self.judge.classes(name) for name in self.attribute.names}
-        self.distributions = self.attribute.distributions(classes)
+        self.targets = PromptTargets(self.attribute, self.judge.classes)
         for network in self.features:
             network.load()
         self.generator.load()
@@ -193,7 +193,7 @@ class FairFinetuning(LightningModule):
         scales = torch.ones_like(images[:, :1])  # filled in below, once the faces are known
         embeddings = self.embed(scale_gradient(images, scales))
         verdict = looking()
-        alignments = self.assign(verdict, self.target(batch.prompt), random)
+        alignments = self.assign(verdict, self.targets.in_training(batch.prompt), random)
         align = {
             name: alignment_loss(verdict.logits[name], alignment, self.trainer.world_size)
             for name, alignment in alignments.items()
@@ -205,39 +205,22 @@ class FairFinetuning(LightningModule):
         if self.face_realism:
             loss = loss + self.face_realism.weight * self.realism(images, verdict, original, alignments)
 
-        self.report_step(loss, align, semantics, verdict, alignments)
+        self.report_step(batch.prompt, loss, align, semantics, verdict, alignments)
         return loss
-
-    def target(self, prompt: Prompt) -> Tensor:
-        """D for one prompt, with one dimension an attribute."""
-        keys = (prompt.text, prompt.subject, prompt.concept, None)
-        return next(self.distributions[key] for key in keys if key in self.distributions)
-
-    def target_shares(self, prompt: Prompt | None = None) -> dict[str, dict[str, float]]:
-        """The target distribution by class name, of each attribute and of their product; of a prompt, its own."""
-        joint = self.distributions[None] if prompt is None else self.target(prompt)
-        tables = {self.attribute.label: joint.flatten()}
-        for axis, name in enumerate(self.attribute.names):
-            others = [other for other in range(joint.ndim) if other != axis]
-            tables[name] = joint.sum(others) if others else joint
-        return {
-            name: dict(zip(self.judge.classes(name), table.tolist(), strict=True)) for name, table in tables.items()
-        }
-
-    def own_targets(self, prompts: Iterable[Prompt]) -> dict[str, dict[str, dict[str, float]]]:
-        """The `target_shares` of those prompts that have another target, by their texts."""
-        general = self.distributions[None]
-        return {prompt.text: self.target_shares(prompt) for prompt in prompts if self.target(prompt) is not general}
 
     def report_step(
         self,
+        prompt: Prompt,
         loss: Tensor,
         align: dict[str, Tensor],
         semantics: Tensor,
         verdict: Verdict,
         alignments: dict[str, Alignment],
     ) -> None:
-        """Log a training step; what has no value, as the loss of no target or the bias of no face, is not logged."""
+        """Log a training step; what has no value, as the loss of no target or the bias of no face, is not logged.
+
+        Nor is the bias of a prompt that names what is aligned, and is to be obeyed.
+        """
         values = {"loss/semantics": semantics, "faces/with_face": verdict.face.float().mean()}
         for name, alignment in alignments.items():
             suffix = f"_{name}" if len(alignments) > 1 else ""
@@ -247,8 +230,8 @@ class FairFinetuning(LightningModule):
         self.log_dict(values, sync_dist=True)
         self.log("loss/total", loss, prog_bar=True, sync_dist=True)
         classes = self.gather(verdict.classes(self.attribute.label))[self.gather(verdict.face)]
-        if len(classes):
-            counts = torch.bincount(classes, minlength=self.distributions[None].numel())
+        if len(classes) and not named(self.attribute, prompt):
+            counts = torch.bincount(classes, minlength=self.targets.general.numel())
             self.log("batch/bias", class_bias(counts / len(classes)), prog_bar=True)
             self.log("batch/floor", float(finite_sample_floor(len(classes), len(counts))), prog_bar=True)
 

@@ -198,7 +198,7 @@ class BiasMonitor(EvaluationCallback):
             self.agreement = {key: float(metric.compute()) for key, metric in self.same.items()}
             self.pairs = {key: metric.compute().cpu() for key, metric in self.paired.items()}
         prefix = "" if stage == "validation" else "test_"
-        for attribute, shares in module.target_shares().items():
+        for attribute, shares in module.targets.shares().items():
             for name, share in shares.items():
                 module.log(f"{prefix}frequency_{attribute.replace(TIMES, '_')}/{name}_target", share, sync_dist=True)
         for (judge, attribute, model), summary in self.summaries.items():
@@ -365,8 +365,8 @@ def results_of_test(module: FairFinetuning, prompts: Sequence[Prompt], run: dict
     found = {type(callback): callback for callback in module.trainer.callbacks}
     bias, quality = found[BiasMonitor], found[QualityMonitor]
     measured = Measured(bias.summaries, quality.values, bias.agreement, bias.pairs)
-    own = module.own_targets(prompts)
-    return results(module.attribute.names, module.target_shares(), prompts, measured, run, own)
+    own = module.targets.own_shares(prompts)
+    return results(module.attribute.names, module.targets.shares(), prompts, measured, run, own)
 
 
 class ImageGrid(EvaluationCallback):

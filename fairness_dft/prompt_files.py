@@ -45,8 +45,10 @@ class PromptList:
 
     An entry may also be a complete prompt, {"subject": "chef", "text": "A chef in a kitchen, watercolour"}. One
     that names attributes may say so, by the names of the classifiers' heads and classes; then it is measured
-    whether a model obeys: {"subject": "chef", "text": "An old woman, a chef", "names": {"gender": "woman"}}.
-    A class of null tells that it is named by another word: the prompt then only counts in no bias of that attribute.
+    whether a model obeys, and in training it is what the prompt is trained towards, where it is aligned:
+    {"subject": "chef", "text": "An old woman, a chef", "names": {"gender": "woman"}}.
+    A class of null tells that it is named by another word: the prompt then only counts in no bias of that attribute,
+    and is not for training, if that is aligned.
     A file may leave out source, licence, and splits it has no use for. A file of any other type is plain text
     with one complete prompt a line, where "#" starts a comment line, and serves every split.
 

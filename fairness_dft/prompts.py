@@ -201,7 +201,8 @@ class PromptModule(LightningDataModule):
     """Prompts from files; a batch is one prompt with N noise seeds, the same on every run with the same seed.
 
     Args:
-        files: prompt files, JSON or plain text, relative to the current directory or to the repository.
+        files: prompt files, JSON or plain text, relative to the current directory or to the repository; of several, not
+            all need prompts for validation or test.
         weights: how many times the training prompts of each file come in an epoch, one number a file; once
             if left out.
         images_per_prompt: images of a prompt in a training step, over all processes together.
@@ -265,13 +266,16 @@ class PromptModule(LightningDataModule):
             split: "train", "validation" or "test".
 
         Raises:
-            ValueError: if a file has no such split, or `train_subjects` leaves no prompt.
+            ValueError: if no file has such a split, or one has none to train on, or `train_subjects` leaves no prompt.
         """
         return [prompt for prompt, _ in self._weighted(split)]
 
     def _weighted(self, split: str) -> list[tuple[Prompt, int]]:
         pairs: list[tuple[Prompt, int]] = []
+        needed = split == "train" or all(split not in prompt_list.splits for prompt_list in self.lists)
         for prompt_list, weight in zip(self.lists, self.weights, strict=True):
+            if split not in prompt_list.splits and not needed:
+                continue  # the others' will do
             chosen = [prompt for prompt in prompt_list.split(split) if self._keeps(prompt, split)]
             pairs += [(prompt, weight) for prompt in chosen[: self.limits[split]]]
         if not pairs:
@@ -293,7 +297,7 @@ class PromptModule(LightningDataModule):
             processes: how many of them share the images of a prompt.
 
         Raises:
-            ValueError: if a file lacks one of the splits, or a number of images does not divide.
+            ValueError: if one of the splits is lacking, or a number of images does not divide.
         """
         for split in splits:
             self.prompts(split)

@@ -212,6 +212,33 @@ def test_prompts_both_trained_on_and_tested_are_warned_of(tmp_path, capsys):
     assert run["test_prompts_trained_on"] == run["test_prompts"] == ["A chef", "a judge"]
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"gender": "lady"}, "names gender 'lady', which is none of the classifier's"),
+        ({"age": "old", "gender": None}, "names gender None, which is none of the classifier's"),
+    ],
+)
+def test_training_prompts_must_name_classes(tmp_path, capsys, unloaded, names, message):
+    named = {"concept": "named", "train": [{"subject": "chef", "text": "A lady, a chef", "names": names}]}
+    (tmp_path / "named.json").write_text(
+        json.dumps(named | {"validation": ["a"], "test": ["b"], "templates": ["{named}"]})
+    )
+    mine = [f"--data.init_args.file={tmp_path / 'named.json'}", "--data.init_args.train_subjects=null"]
+    line = refused(capsys, small(tmp_path, *mine))
+    assert "'A lady, a chef'" in line and message in line
+
+
+def test_prompts_that_name_attributes_join_the_training_and_the_test(tmp_path):
+    files = "[data/prompts/occupations.json, data/prompts/named_skin.json]"
+    obedient = ["--config", str(EXPERIMENTS / "parts" / "obedient.yaml"), f"--data.init_args.files={files}"]
+    main(small(tmp_path, *obedient, "--data.init_args.test_prompts=1", "--name=obedient"))
+    content = json.loads((tmp_path / "obedient" / "version_0" / "results.json").read_text())
+    assert content["concepts"].keys() == {"occupation", "named skin tone"}
+    assert content["obedience"]["training"].keys() == {"gender", "race", "age"}
+    assert content["own_targets"] == {}
+
+
 @pytest.mark.parametrize("kind", ["", "validation_", "test_"])
 def test_images_that_do_not_divide_are_refused_before_a_model_is_loaded(tmp_path, capsys, unloaded, kind):
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--data.init_args.{kind}images_per_prompt=5"]

@@ -186,15 +186,24 @@ def test_joint_training_step_is_the_algorithm_written_out(monkeypatch):
     assert logged["batch/bias"] == pytest.approx(float(class_bias(frequencies)))
 
 
-def test_the_most_particular_target_is_taken():
-    batch = first_batch()
-    text, subject, concept, _ = batch.prompt
-    wanted = {concept: [0.1, 0.9], subject: [0.2, 0.8], text: [0.3, 0.7]}
-    for keys, share in (((), 0.5), ((concept,), 0.1), ((subject, concept), 0.2), ((text, concept, subject), 0.3)):
-        module = finetuning(attribute=Attribute("gender", targets={key: wanted[key] for key in keys}))
-        module.judge.load()
-        module.distributions = module.attribute.distributions({"gender": module.judge.classes("gender")})
-        assert module.target(batch.prompt).tolist() == pytest.approx([share, 1 - share])
+def test_a_step_on_a_prompt_that_names_pushes_every_face_there(module, monkeypatch):
+    move(module, 0.3)
+    batch = first_batch(images_per_prompt=8)
+    batch = replace(batch, prompt=batch.prompt._replace(names=(("gender", "man"), ("age", "old"))))
+    logged = {}
+    record(monkeypatch, module, logged)
+    monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+    module.training_step(batch, 0)
+
+    images, _ = sample_both(module, batch)
+    with torch.no_grad():
+        seen = module.judge(images)
+    man = torch.full((8,), module.judge.classes("gender").index("man"))
+    assert (seen.classes("gender") != man)[seen.face].any()  # or there would be nothing to push
+    expected = cross_entropy(seen.logits["gender"][seen.face], man[seen.face])
+    assert logged["loss/alignment"] == pytest.approx(float(expected), rel=1e-4)
+    assert logged["faces/with_target"] == logged["faces/with_face"] > 0
+    assert "batch/bias" not in logged
 
 
 def test_a_broken_image_has_no_target_and_the_loss_tells_of_it(module, monkeypatch):

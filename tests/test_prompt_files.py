@@ -55,9 +55,11 @@ def test_shipped_splits_have_no_near_duplicates(name):
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("named_")])
 def test_prompts_name_what_their_entries_say(name):
     said = {"WMELH": "White", "light": "light skin", "tan": "tan skin", "brown": "brown skin", "dark": "dark skin"}
-    for prompt in PromptList.from_file(FOLDER / name).split("test"):
-        assert {attribute for attribute, _ in prompt.names} >= {"gender", "age"}
+    splits = PromptList.from_file(FOLDER / name).splits
+    assert all({attribute for attribute, _ in prompt.names} >= {"gender", "age"} for prompt in splits["test"])
+    for prompt in (*splits["train"], *splits["test"]):
         spoken = prompt.text.removesuffix(f", a {prompt.subject}").split()
+        assert prompt.names and spoken[-1] in ("man", "woman", "person", "skin")
         for _, kind in prompt.names:
             assert set(said.get(kind, kind).split()) <= set(spoken)
         others = {"man", "woman", "young", "old"} - {kind for _, kind in prompt.names}
@@ -115,6 +117,10 @@ def test_no_file_trains_on_what_another_one_evaluates():
     assert {prompt.subject for prompt in contexts["train"]} <= trained
     assert not {prompt.subject for split in ("validation", "test") for prompt in contexts[split]} & trained
     assert len(contexts["train"]) >= 150
+    for file in FOLDER.glob("named_*.json"):
+        named = PromptList.from_file(file).splits
+        assert {prompt.subject for prompt in named["train"]} <= trained
+        assert {prompt.subject for prompt in named["test"]} <= {prompt.subject for prompt in occupations["test"]}
 
 
 def test_json_goes_through_every_template_and_takes_complete_prompts(tmp_path):

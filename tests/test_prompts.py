@@ -208,6 +208,20 @@ def test_mixed_prompts_repeat_only_the_training_prompts(tmp_path):
     assert len(data.val_dataloader()) == len(data.test_dataloader()) == 2
 
 
+def test_a_split_that_a_file_lacks_comes_from_the_others(tmp_path):
+    lacking = {key: value for key, value in VALID.items() if key not in ("validation", "test")}
+    files = [write(tmp_path, lacking, "a.json"), write(tmp_path, VALID, "b.json")]
+    data = MixedPrompts(files=files, weights=[1, 1])
+    assert (
+        data.prompts("validation") == PromptModule(files[1:]).prompts("validation") and len(data.prompts("train")) == 2
+    )
+    with pytest.raises(ValueError, match='a.json: there is no "test" split, only "train"'):
+        PromptModule(files[:1]).prompts("test")
+    files.append(write(tmp_path, {key: value for key, value in VALID.items() if key != "train"}, "c.json"))
+    with pytest.raises(ValueError, match='c.json: there is no "train" split'):  # it has a weight, and would do nothing
+        PromptModule(files).prompts("train")
+
+
 def test_limits_take_the_first_of_each_file():
     data = MixedPrompts(train_prompts=2, validation_prompts=3, test_prompts=1)
     assert [len(data.prompts(split)) for split in SPLITS] == [8, 12, 4]
