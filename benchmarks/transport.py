@@ -28,13 +28,14 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import multinomial
 
-from fairness_dft.transport import enumerate_counts, expected_assignment, mean_assignment, transport_cost
+from fairness_dft.assignment import hungarian_assignment
+from fairness_dft.transport import enumerate_counts, expected_assignment, transport_cost
 
 ATTRIBUTES = {4: (4,), 8: (2, 4), 16: (2, 4, 2)}  # classes of each; their product is K
 IMAGES = (24, 32, 40, 256)
 COVERED = 0.95
 DRAWS = 100
-NUMBERS = [number << power for power in range(10) for number in (4, 6)]
+NUMBERS = range(4, 1025, 4)
 LONG_RUN = 20_000
 DEFAULT = inspect.signature(expected_assignment).parameters["draws"].default
 
@@ -91,13 +92,18 @@ def mean_error(draw: Callable[[int], np.ndarray], reference: np.ndarray, repeats
 
 
 def reference_assignment(cost: np.ndarray, distribution: np.ndarray) -> np.ndarray:
-    """The exact expectation where counts can be enumerated, else a long run of draws."""
+    """The exact expectation where counts can be enumerated, else a long run of draws, by the Hungarian algorithm."""
     images, classes = cost.shape
     if classes <= 4 and images <= 40:
         counts = enumerate_counts(images, classes)
-        return mean_assignment(cost, counts, multinomial.pmf(counts, images, distribution))
-    counts = np.random.default_rng(999).multinomial(images, distribution, LONG_RUN)
-    return mean_assignment(cost, *np.unique(counts, axis=0, return_counts=True))
+        weights = multinomial.pmf(counts, images, distribution)
+    else:
+        counts = np.random.default_rng(999).multinomial(images, distribution, LONG_RUN)
+        counts, weights = np.unique(counts, axis=0, return_counts=True)
+    expected = np.zeros_like(cost)
+    for count, weight in zip(counts, weights, strict=True):
+        expected[np.arange(images), hungarian_assignment(cost, count)] += weight
+    return expected / weights.sum()
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -107,7 +113,8 @@ def seeded(seed: int) -> torch.Generator:
 
 def compare(classes: int, images: int) -> dict[str, float]:
     """Seconds and errors of both ways, of ours with as many draws as reach the authors' error and with the default."""
-    logits = [torch.randn(images, size, generator=seeded(images + size)) * 3 for size in ATTRIBUTES[classes]]
+    generator = seeded(images + classes)
+    logits = [torch.randn(images, size, generator=generator) * 3 for size in ATTRIBUTES[classes]]
     cost = transport_cost(*(values.softmax(1).double().numpy() for values in logits))
     distribution = np.full(classes, 1 / classes)
     authors, ours = partial(authors_assignment, cost, distribution), partial(our_assignment, cost, distribution)

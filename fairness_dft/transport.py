@@ -30,9 +30,10 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from scipy.stats import binom, multinomial, qmc
 from torch import Tensor
+
+from fairness_dft.assignment import optimal_assignments
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,6 @@ def binomial_assignment(cost: np.ndarray, share: float) -> np.ndarray:
 def mean_assignment(cost: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted mean of the optimal assignments of several count vectors.
 
-    Where several assignments are optimal (images with equal probabilities) the solver's choice stands.
-
     Args:
         cost: the cost of giving class k to image i, with shape (n, K).
         counts: how many images get each class, with shape (M, K), rows sum to n.
@@ -257,11 +256,9 @@ def mean_assignment(cost: np.ndarray, counts: np.ndarray, weights: np.ndarray) -
     Returns:
         The mean one-hot assignment, with shape (n, K), rows sum to one.
     """
-    classes = cost.shape[1]
-    draws = [np.repeat(np.arange(classes), count) for count in counts]
-    assigned = np.array([labels[linear_sum_assignment(cost[:, labels])[1]] for labels in draws])
+    assigned = optimal_assignments(cost, counts)
     weights = weights / weights.sum()
-    return np.stack([weights @ (assigned == label) for label in range(classes)], axis=1)
+    return np.stack([weights @ (assigned == label) for label in range(cost.shape[1])], axis=1)
 
 
 def enumerate_counts(images: int, classes: int) -> np.ndarray:
