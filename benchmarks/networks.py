@@ -62,7 +62,7 @@ DINOS = {"ViT-B/14": dict(), "ViT-S/14": dict(hidden_size=384, num_attention_hea
 SCALES = {
     "miniature": Scale("miniature", 64, images=8, micro_batch=8, sampling_batch=8, steps=8, guidance_scale=1.75),
     "sd15-cpu": Scale(
-        "sd15", 128, images=4, micro_batch=4, sampling_batch=4, steps=4, guidance_scale=7.5,
+        "sd15", 128, images=4, micro_batch=4, sampling_batch=4, steps=16, guidance_scale=7.5,
         features=("ViT-B/32", "ViT-S/14"),
     ),
     "sd15-gpu": Scale("sd15", 512, images=24, micro_batch=4, sampling_batch=8, steps=20, guidance_scale=7.5),

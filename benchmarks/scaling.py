@@ -31,14 +31,14 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import nnls
 
-from benchmarks.networks import SCALES, Scale
-from benchmarks.step import Way, add_options, machine, measure, printed_by
+from benchmarks.networks import Scale
+from benchmarks.step import Way, add_options, add_sizes, machine, measure, printed_by, scale_of
 from fairness_dft.gradients import GradientPath
 from fairness_dft.sampler import Sampler
 
 GROWTH = {
     "miniature": dict(images=(8, 16, 32, 64), steps=(8, 16, 32), resolution=(64, 128), processes=(1, 2)),
-    "sd15-cpu": dict(images=(1, 2, 4), steps=(2, 4, 8), resolution=(128, 192), processes=(1,)),
+    "sd15-cpu": dict(images=(1, 2, 4), steps=(4, 8, 16), resolution=(128, 192), processes=(1,)),
     "sd15-gpu": dict(images=(8, 16, 24, 32, 64), steps=(8, 16, 20, 32), resolution=(256, 512), processes=(1,)),
 }
 
@@ -79,9 +79,8 @@ class Row:
     memory: int
 
 
-def settings(name: str) -> Iterator[Setting]:
-    """The base setting of a scale, and those in which one thing is another."""
-    scale, growth = SCALES[name], GROWTH[name]
+def settings(scale: Scale, growth: dict[str, tuple[int, ...]]) -> Iterator[Setting]:
+    """The setting of a scale, and those in which one thing is another."""
     base = Setting(scale.images, scale.steps, scale.steps, scale.resolution)
     yield base
     yield from (replace(base, images=images) for images in growth["images"] if images != base.images)
@@ -93,9 +92,7 @@ def settings(name: str) -> Iterator[Setting]:
 
 def take(setting: Setting, options: argparse.Namespace) -> dict[str, tuple[float, int]]:
     """Seconds and bytes of a step, warm and cold, in this process."""
-    scale: Scale = replace(
-        SCALES[options.scale], images=setting.images, steps=setting.steps, resolution=setting.resolution
-    )
+    scale = replace(scale_of(options), images=setting.images, steps=setting.steps, resolution=setting.resolution)
     every = setting.count == setting.steps
     path = GradientPath() if every else GradientPath(steps="random", count=setting.count)
     sampler = Sampler(
@@ -144,6 +141,7 @@ def main() -> None:
     """Measure, fit, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
+    add_sizes(parser)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
@@ -154,7 +152,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(take(Setting(**options.one), options)), flush=True)
         return
-    rows = [measured(setting, options) for setting in settings(options.scale)]
+    rows = [measured(setting, options) for setting in settings(scale_of(options), GROWTH[options.scale])]
     found, predicted = fit(rows, rows[0].setting)
     show(rows, found, predicted, f"{options.scale}, {options.precision}, {machine(options.threads)}")
     if options.output:
