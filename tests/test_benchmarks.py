@@ -66,12 +66,13 @@ def test_the_parts_of_a_profiled_step_are_all_there(profiled) -> None:
 
 
 def test_the_cost_model_is_found_again() -> None:
-    from benchmarks.scaling import Row, Setting, fit, settings
+    from benchmarks.networks import SCALES
+    from benchmarks.scaling import GROWTH, Row, Setting, fit, settings
 
     assert Setting(8, 20, 5, 64).calls(cold=False) == 2 * 8 * 20 + 2 * (2 * 8 * 5)  # sampling; again, and back
     assert Setting(8, 20, 5, 64).calls(cold=True) - Setting(8, 20, 5, 64).calls(cold=False) == 2 * 8 * 20
     rows = []
-    for setting in settings("miniature"):
+    for setting in settings(SCALES["miniature"], GROWTH["miniature"]):
         slower = (setting.resolution / 64) ** 2 * setting.processes  # is not fitted
         cost = {
             name: (2e-3 * setting.calls(cold) + 5e-3 * setting.images * (1 + cold) + 0.1) * slower
