@@ -336,16 +336,15 @@ def main() -> None:
         compared, options.no_count = {options.only: compared[options.only]}, True
     torch.manual_seed(0)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    measure(scale, compared, options)
     if options.only:
+        measure(scale, compared, options)
         print(json.dumps(compared[options.only].memory))
         return
-    if not torch.cuda.is_available():
-        for name, way in compared.items():
-            command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--only", name, "--rounds", "1"]
-            # So that what is freed is given back, and the resident memory tells what is held.
-            environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-            way.memory = json.loads(printed_by(command, environment).splitlines()[-1])
+    # Before this process takes memory itself.
+    resident = {} if torch.cuda.is_available() else {name: resident_memory(name) for name in compared}
+    measure(scale, compared, options)
+    for name, memory in resident.items():
+        compared[name].memory = memory
     show(
         compared,
         f"{options.scale}: {scale}, {options.precision}, weights in {options.weights}, {machine()}"
@@ -354,6 +353,14 @@ def main() -> None:
     if options.output:
         figures = {name: figures_of(way) for name, way in compared.items()}
         options.output.write_text(json.dumps({"machine": machine(), "scale": str(scale), "ways": figures}, indent=1))
+
+
+def resident_memory(name: str) -> int:
+    """Peak bytes of a way's step in a process of its own, above what it held before."""
+    command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--only", name, "--rounds", "1"]
+    # So that what is freed is given back, and the resident memory tells what is held.
+    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    return json.loads(printed_by(command, environment).splitlines()[-1])
 
 
 def printed_by(command: list[str], environment: dict[str, str]) -> str:
