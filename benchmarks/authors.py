@@ -90,7 +90,7 @@ def authors_step(
 
     with torch.no_grad():
         images = torch.cat([sample(module, prompt, noise[part], steps) for part in larger])
-        alignments = module.assign(module.judge(images), module.targets.of(batch.prompt), module.randomness())
+        alignments = module.assign(module.judge(images), module.targets.in_training(batch.prompt), module.randomness())
         with module.adapter.using("original"):
             images = torch.cat([sample(module, prompt, noise[part], steps) for part in larger])
         verdict = module.judge(images)

@@ -72,7 +72,7 @@ class Setting:
 
 @dataclass
 class Row:
-    """What was measured of a setting: seconds and bytes, warm and cold."""
+    """What was measured of a setting: seconds, warm and cold, and bytes of a warm step."""
 
     setting: Setting
     seconds: dict[str, float]
@@ -85,7 +85,7 @@ def settings(scale: Scale, growth: dict[str, tuple[int, ...]]) -> Iterator[Setti
     yield base
     yield from (replace(base, images=images) for images in growth["images"] if images != base.images)
     yield from (replace(base, steps=steps, count=steps) for steps in growth["steps"] if steps != base.steps)
-    yield from (replace(base, count=count) for count in sorted({1, base.steps // 4, base.steps // 2}))
+    yield from (replace(base, count=count) for count in sorted({1, base.steps // 4, base.steps // 2} - {0, base.steps}))
     yield from (replace(base, resolution=size) for size in growth["resolution"] if size != base.resolution)
     yield from (replace(base, processes=processes) for processes in growth["processes"] if processes != 1)
 
@@ -107,11 +107,10 @@ def take(setting: Setting, options: argparse.Namespace) -> dict[str, tuple[float
 def measured(setting: Setting, options: argparse.Namespace) -> Row:
     """A row, from processes of its own."""
     command = [sys.executable, "-m", "benchmarks.scaling", *sys.argv[1:], "--one", json.dumps(asdict(setting))]
-    threads = {} if setting.processes == 1 else {"OMP_NUM_THREADS": str(options.threads)}
 
     def child(more: list[str], environment: dict[str, str]) -> dict[str, tuple[float, int]]:
-        threaded = os.environ | {"OMP_NUM_THREADS": str(options.threads)} | threads
-        printed = printed_by(command + more, threaded | environment)
+        threads = {"OMP_NUM_THREADS": str(options.threads)}
+        printed = printed_by(command + more, os.environ | threads | environment)
         return json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
 
     # So that what is freed is given back, and the resident memory tells what is held.

@@ -60,7 +60,8 @@ class Way:
         warm: whether what is needed of the original images is remembered.
         seconds: of each timed round.
         memory: peak, in bytes.
-        operations: in sampling passes of the denoising network.
+        passes: operations of the denoising network, in sampling passes, its forward-equivalents.
+        operations: of everything, in the same unit.
         gradient: of the last round.
         cosine: of the gradient with the authors'.
         difference: from the authors' gradient, relative to its length.
@@ -70,6 +71,7 @@ class Way:
     warm: bool = False
     seconds: list[float] = field(default_factory=list)
     memory: int = 0
+    passes: float | None = None
     operations: float | None = None
     gradient: Tensor | None = None
     cosine: float | None = None
@@ -86,6 +88,7 @@ def ways(scale: Scale) -> dict[str, Way]:
     half = dict(decode_chunk=max(1, scale.micro_batch // 4), images_at_once=scale.micro_batch)
     exact = {
         "exact": dict(checkpoint=True),
+        "exact, decoding as many": dict(checkpoint=True, decode_chunk=scale.micro_batch),
         "exact, half of the rows": dict(checkpoint=True, **half),
         "exact, activations kept": dict(checkpoint=False),
     }
@@ -160,7 +163,8 @@ class Comparison(FairFinetuning):
             with FlopCounterMode(display=False) if self.count else nullcontext() as counter:
                 step()
             if counter:
-                way.operations = counter.get_total_flops() / self.sampling_pass(batch)
+                a_pass = self.sampling_pass(batch)
+                way.passes, way.operations = denoising_operations(counter) / a_pass, counter.get_total_flops() / a_pass
             return
         seconds, memory = self.take(step)
         way.seconds.append(seconds)
@@ -191,6 +195,16 @@ class Comparison(FairFinetuning):
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.trained(), lr=0.0)
+
+
+def denoising_operations(counter: FlopCounterMode) -> int:
+    """Floating point operations of the denoising network, forwards and back.
+
+    The counter does not see whose the way back of a call made again is; so it is what no other network takes.
+    """
+    networks = {name: sum(of.values()) for name, of in counter.get_flop_counts().items() if "." not in name}
+    others = networks.keys() - {"Global", "UNet2DConditionModel"}
+    return networks["Global"] - sum(networks[name] for name in others)
 
 
 def measured(function: Callable[[], None], device: torch.device) -> tuple[float, int]:
@@ -380,23 +394,23 @@ def machine(threads: int | None = None) -> str:
 
 def figures_of(way: Way) -> dict[str, float | list[float] | None]:
     """What was measured, for JSON."""
-    names = ("seconds", "memory", "operations", "cosine", "difference")
+    names = ("seconds", "memory", "passes", "operations", "cosine", "difference")
     return {name: getattr(way, name) for name in names}
 
 
 def show(compared: dict[str, Way], title: str) -> None:
     """Print all ways beside the authors'."""
-    columns = "seconds", "spread", "of the authors'", "memory (MiB)", "of the authors'", "sampling passes", "cosine"
-    table = Table("way", *columns, "difference", title=title)
+    columns = "seconds", "spread", "of the authors'", "memory (MiB)", "of the authors'", "U-Net passes", "of everything"
+    table = Table("way", *columns, "cosine", "difference", title=title)
     authors = compared["authors"]
     for name, way in compared.items():
         seconds = statistics.median(way.seconds)
         ratio = statistics.median(ours / theirs for ours, theirs in zip(way.seconds, authors.seconds, strict=True))
         spread = max(way.seconds) - min(way.seconds)
         values = f"{seconds:.3f}", f"{spread:.3f}", f"{ratio:.2f}", f"{way.memory / 2**20:.0f}"
-        counted = "-" if way.operations is None else f"{way.operations:.2f}"
-        rest = f"{way.memory / authors.memory:.2f}", counted, f"{way.cosine:.6f}", f"{way.difference:.1e}"
-        table.add_row(name, *values, *rest)
+        counted = ("-" if number is None else f"{number:.2f}" for number in (way.passes, way.operations))
+        gradient = f"{way.cosine:.6f}", f"{way.difference:.1e}"
+        table.add_row(name, *values, f"{way.memory / authors.memory:.2f}", *counted, *gradient)
     Console(width=150).print(table)
 
 

@@ -5,7 +5,8 @@
 A draw enters through its class counts m. scipy's Hungarian algorithm sees it as n images and n drawn classes, and
 takes time by n² and more. Where many images see the same K classes it is faster to find what the classes are worth.
 If at prices v one class is the cheapest for each image, argmin_k cost_ik − v_k, and class k is it for m_k of them, then
-that assignment is optimal: any other with these counts is paid the same prices in sum, and no image has it cheaper.
+that assignment is the optimum, and the only one: in any other with these counts the prices add up to the same, and an
+image that changes its class pays more.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from scipy.optimize import linear_sum_assignment
 PRICED_FROM = 64  # images; with fewer the Hungarian algorithm is about as fast or faster
 DRAWS_AT_ONCE = 64  # so that what is compared stays in the processor's cache
 NEVER = 1e9  # a price beyond any cost
-BEYOND = np.float32(
-    0.8
-)  # how far a price goes in the gap that it may lie in; past the middle it settles a little sooner
+# How far a price goes into the gap that it may lie in, from where it comes; the middle takes a few rounds more.
+BEYOND = np.float32(0.8)
 
 
 def optimal_assignments(cost: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -30,12 +30,12 @@ def optimal_assignments(cost: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
     Args:
         cost: the cost of giving class k to image i, with shape (n, K).
-        counts: how many images get each class in each draw, with shape (M, K), rows sum to n.
+        counts: how many images get each class in each draw, with shape (M, K), M at least 1, rows sum to n.
 
     Returns:
         The class of each image in each draw, with shape (M, n), int64 in [0, K).
     """
-    if len(cost) < PRICED_FROM:
+    if len(cost) < PRICED_FROM or cost.shape[1] == 1:
         return np.array([hungarian_assignment(cost, count) for count in counts])
     blocks = np.array_split(counts, math.ceil(len(counts) / DRAWS_AT_ONCE))
     assigned = np.concatenate([priced_assignments(cost, block) for block in blocks])
@@ -61,11 +61,11 @@ def hungarian_assignment(cost: np.ndarray, count: np.ndarray) -> np.ndarray:
 def priced_assignments(cost: np.ndarray, counts: np.ndarray, rounds: int = 16) -> np.ndarray:
     """The assignments of least cost for the draws whose classes soon find their prices.
 
-    What `class_prices` finds is put to the proof: every class has its count, and no image hesitates between two, so
-    that the optimum is the only one. Some draws fail, such as those that must divide equal images.
+    What `class_prices` finds is put to the proof, in the precision of the cost: every class has its count, and no image
+    hesitates between two. Some draws fail, such as those that must divide equal images.
 
     Args:
-        cost: the cost of giving class k to image i, with shape (n, K), in magnitude far below 1e9.
+        cost: the cost of giving class k to image i, with shape (n, K), finite.
         counts: how many images get each class in each draw, with shape (M, K), rows sum to n.
         rounds: how often each class sets its price.
 
@@ -82,10 +82,11 @@ def class_prices(cost: np.ndarray, counts: np.ndarray, rounds: int) -> np.ndarra
     """Prices at which the images choose the counts of each draw, or nearly, in single precision.
 
     The classes set their prices in turn, each between the last image that it needs and the first that it does not. That
-    raises the dual objective Σ_i min_k (cost_ik − v_k) + Σ_k m_k v_k, or leaves it where it is.
+    raises the dual objective Σ_i min_k (cost_ik − v_k) + Σ_k m_k v_k, or leaves it where it is; as that is not smooth,
+    it may stall below its maximum.
 
     Args:
-        cost: the cost of giving class k to image i, with shape (n, K).
+        cost: the cost of giving class k to image i, with shape (n, K), K at least 2, in magnitude far below 1e9.
         counts: how many images get each class in each draw, with shape (M, K), rows sum to n.
         rounds: how often each class sets its price.
 

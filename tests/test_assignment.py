@@ -1,11 +1,14 @@
 """Optimal assignments of images to drawn classes."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 from scipy.optimize import linprog
 
 from fairness_dft import assignment
-from fairness_dft.assignment import hungarian_assignment, optimal_assignments, priced_assignments
+from fairness_dft.assignment import DRAWS_AT_ONCE, hungarian_assignment, optimal_assignments, priced_assignments
+from fairness_dft.transport import transport_cost
 
 
 def costs(images: int, classes: int, seed: int = 0) -> np.ndarray:
@@ -17,11 +20,6 @@ def draws(images: int, classes: int, number: int = 100, seed: int = 0) -> np.nda
     """Counts of uneven classes, the last of which is rare."""
     shares = np.append(np.arange(1.0, classes), 0.05)
     return np.random.default_rng(seed).multinomial(images, shares / shares.sum(), number)
-
-
-def counted(assigned: np.ndarray, classes: int) -> np.ndarray:
-    """How many images each class got."""
-    return np.stack([(assigned == k).sum(axis=1) for k in range(classes)], axis=1)
 
 
 @pytest.mark.parametrize(("images", "classes"), [(5, 3), (9, 2), (12, 4)])
@@ -44,6 +42,16 @@ def test_what_prices_find_is_what_the_hungarian_algorithm_finds(images: int, cla
     assert done.mean() > 0.5
     for found, count in zip(assigned[done], counts[done], strict=True):
         assert found.tolist() == hungarian_assignment(cost, count).tolist()
+
+
+def test_prices_serve_two_attributes() -> None:
+    generator = np.random.default_rng(0)
+    cost = transport_cost(generator.dirichlet([0.3] * 2, 200), generator.dirichlet([0.3] * 4, 200))
+    counts = generator.multinomial(200, np.full(8, 1 / 8), 50)
+    assigned = priced_assignments(cost, counts)
+    done = assigned[:, 0] >= 0
+    assert done.mean() > 0.9
+    assert assigned[done].tolist() == [hungarian_assignment(cost, count).tolist() for count in counts[done]]
 
 
 def test_prices_serve_draws_that_leave_classes_out_or_have_one_alone() -> None:
@@ -69,17 +77,23 @@ def test_draws_that_find_no_prices_in_time_are_left() -> None:
     assert left[0] > left[1] > left[2]
 
 
-@pytest.mark.parametrize("images", [assignment.PRICED_FROM - 1, assignment.PRICED_FROM])
-@pytest.mark.parametrize("number", [1, assignment.DRAWS_AT_ONCE, assignment.DRAWS_AT_ONCE + 1, 150])
+@pytest.mark.parametrize(
+    ("images", "number"), [(63, 10), (64, 1), (64, DRAWS_AT_ONCE), (64, DRAWS_AT_ONCE + 1), (90, 150)]
+)
 def test_all_draws_are_solved_in_their_order(images: int, number: int) -> None:
     cost, counts = costs(images, 5), draws(images, 5, number)
     assigned = optimal_assignments(cost, counts)
-    assert counted(assigned, 5).tolist() == counts.tolist()
+    assert np.stack([(assigned == k).sum(axis=1) for k in range(5)], axis=1).tolist() == counts.tolist()
     assert assigned.tolist() == [hungarian_assignment(cost, count).tolist() for count in counts]
 
 
+@pytest.mark.parametrize("images", [3, 100])
+def test_one_class_is_for_all(images: int) -> None:
+    assert optimal_assignments(costs(images, 1), np.array([[images]] * 2)).tolist() == [[0] * images] * 2
+
+
 def test_many_images_do_not_call_the_hungarian_algorithm_for_each_draw(monkeypatch) -> None:
-    called = []
-    monkeypatch.setattr(assignment, "linear_sum_assignment", lambda cost: called.append(cost) or (None, [0]))
+    solver = Mock(wraps=assignment.linear_sum_assignment)
+    monkeypatch.setattr(assignment, "linear_sum_assignment", solver)
     optimal_assignments(costs(256, 4), draws(256, 4))
-    assert len(called) < 5
+    assert solver.call_count < 5

@@ -54,6 +54,19 @@ def test_operations_saved_are_whole_sampling_passes(compared) -> None:
 
 
 @pytest.mark.slow
+def test_passes_of_the_denoising_network_are_those_counted_by_hand(compared) -> None:
+    """Sampling, once or twice; calls again; the way back, which stops at the first layer that the prompt reaches."""
+    passes = {name: way.passes for name, way in compared.items()}
+    back = passes["exact, activations kept, warm"] - 1
+    assert 0.7 < back < 1
+    assert passes["exact, warm"] == pytest.approx(2 + back, rel=0.01)
+    assert passes["exact, cold"] == pytest.approx(3 + back, rel=0.01)
+    assert passes["1 of 2 steps, warm"] == pytest.approx(1 + (1 + back) / 2, rel=0.01)
+    # The authors sample three times and go back; of their third pass they make the blocks again.
+    assert 3.5 + back < passes["authors"] < 4 + back
+
+
+@pytest.mark.slow
 def test_the_parts_of_a_profiled_step_are_all_there(profiled) -> None:
     from benchmarks.profile import inside
 

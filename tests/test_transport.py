@@ -101,7 +101,7 @@ def test_hand_worked_two_images() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 8])
-@pytest.mark.parametrize("images", [1, 3, 8, 13])
+@pytest.mark.parametrize("images", [1, 3, 8, 13, 90])
 def test_targets_follow_the_distribution(images: int, classes: int) -> None:
     """Rows sum to one always, columns to n · D when all counts are solved, and nearly so when they are drawn."""
     target = torch.arange(1.0, classes + 1) / sum(range(1, classes + 1))
@@ -114,12 +114,15 @@ def test_targets_follow_the_distribution(images: int, classes: int) -> None:
     torch.testing.assert_close(targets.classes, targets.probabilities.argmax(1))
 
 
-def test_order_of_images_does_not_matter() -> None:
-    probabilities = random_probabilities(7, 3)
-    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    targets = expected_targets(probabilities, [0.2, 0.5, 0.3]).probabilities
-    shuffled = expected_targets(probabilities[order], [0.2, 0.5, 0.3]).probabilities
-    torch.testing.assert_close(shuffled, targets[order])
+@pytest.mark.parametrize("images", [7, 80])
+def test_order_of_images_does_not_matter(images: int) -> None:
+    def targets(probabilities: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return expected_targets(probabilities, [0.2, 0.5, 0.3], generator=generator).probabilities
+
+    probabilities = random_probabilities(images, 3)
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(targets(probabilities[order]), targets(probabilities)[order])
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -140,6 +143,21 @@ def test_saturated_images_still_get_confident_targets() -> None:
     expected = torch.from_numpy(binom.sf(np.arange(24), 24, 0.5)).float()
     torch.testing.assert_close(targets.probabilities[:, 1], expected)
     assert int((targets.confidence >= 0.8).sum()) == 20
+
+
+@pytest.mark.parametrize("images", [24, 100])
+def test_saturated_images_of_many_classes_follow_the_distribution(images: int) -> None:
+    target = [0.1, 0.2, 0.3, 0.4]
+    targets = expected_targets(torch.eye(4)[torch.arange(images) % 4], target)
+    torch.testing.assert_close(targets.probabilities.mean(0), torch.tensor(target), rtol=0, atol=5e-3)
+    assert (targets.confidence >= 0.8).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("images", [5, 100])
+def test_a_target_of_one_class_is_everybodys(images: int) -> None:
+    targets = expected_targets(random_probabilities(images, 3), [0.0, 1.0, 0.0])
+    assert targets.classes.tolist() == [1] * images
+    assert targets.confidence.tolist() == [1.0] * images
 
 
 def test_excluded_classes_are_never_targets() -> None:
