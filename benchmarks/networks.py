@@ -15,7 +15,7 @@ from typing_extensions import override
 from fairness_dft.adapters import TextEncoderLoRA
 from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import ImageClassifier, Judge
-from fairness_dft.diffusion import StableDiffusion, find_scheduler
+from fairness_dft.diffusion import StableDiffusion, find_scheduler, share_conditioning
 from fairness_dft.features import Clip, Dino
 from fairness_dft.loading import resolve
 from fairness_dft.portraits.base import judges
@@ -38,6 +38,7 @@ class Scale:
         steps: T.
         guidance_scale: s.
         features: CLIP and DINOv2 of these sizes, where the networks are not the miniature's.
+        decode_chunk: images that our decoder and feature networks work on at a time; the authors' work on a micro-batch.
     """
 
     networks: Literal["miniature", "sd15"]
@@ -48,6 +49,7 @@ class Scale:
     steps: int
     guidance_scale: float
     features: tuple[str, str] = ("ViT-H/14", "ViT-B/14")
+    decode_chunk: int = 2
 
 
 CLIPS = {
@@ -60,7 +62,9 @@ CLIPS = {
 DINOS = {"ViT-B/14": dict(), "ViT-S/14": dict(hidden_size=384, num_attention_heads=6)}
 
 SCALES = {
-    "miniature": Scale("miniature", 64, images=8, micro_batch=8, sampling_batch=8, steps=8, guidance_scale=1.75),
+    "miniature": Scale(
+        "miniature", 64, images=8, micro_batch=8, sampling_batch=8, steps=8, guidance_scale=1.75, decode_chunk=3,
+    ),
     "sd15-cpu": Scale(
         "sd15", 128, images=4, micro_batch=4, sampling_batch=4, steps=16, guidance_scale=7.5,
         features=("ViT-B/32", "ViT-S/14"),
@@ -106,6 +110,7 @@ class RandomStableDiffusion(StableDiffusion):
             network.to(memory_format=torch.channels_last)
         self.latent_shape = (4, *self._latent_size())
         self.to(self.weights_dtype).requires_grad_(False).eval()
+        share_conditioning(self.unet)
         self.compile_blocks()
 
 

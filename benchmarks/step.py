@@ -84,25 +84,23 @@ def ways(scale: Scale) -> dict[str, Way]:
     shared = dict(steps=scale.steps, guidance_scale=scale.guidance_scale)
     # As many rows as the authors' micro-batch has in two branches of guidance, and fewer images for the decoder, which
     # works at full resolution and keeps all activations of a chunk.
-    shared |= dict(decode_chunk=max(1, scale.micro_batch // 2), images_at_once=2 * scale.micro_batch)
-    half = dict(decode_chunk=max(1, scale.micro_batch // 4), images_at_once=scale.micro_batch)
-    exact = {
-        "exact": dict(checkpoint=True),
-        "exact, decoding as many": dict(checkpoint=True, decode_chunk=scale.micro_batch),
-        "exact, half of the rows": dict(checkpoint=True, **half),
-        "exact, activations kept": dict(checkpoint=False),
+    shared |= dict(decode_chunk=scale.decode_chunk, images_at_once=2 * scale.micro_batch)
+    kept = dict(checkpoint=False, decode_chunk=scale.micro_batch)
+    exact, quarter = GradientPath(weights="authors"), max(1, scale.steps // 4)
+    some = {count: GradientPath(weights="authors", steps="random", count=count) for count in sorted({1, quarter})}
+    settings = {
+        "exact": {},
+        "exact, decoding as many": dict(decode_chunk=scale.micro_batch),
+        "exact, activations kept": kept,
+        **{f"{count} of {scale.steps} steps": dict(gradient=path) for count, path in some.items()},
+        f"{quarter} of {scale.steps} steps, activations kept": kept | dict(gradient=some[quarter]),
     }
-    for name, own in exact.items():
-        if not own["checkpoint"] and scale.resolution == 512:
+    for name, own in settings.items():
+        if scale.resolution == 512 and "checkpoint" in own:
             continue  # terabytes
         for warm in (False, True):
-            sampler = Sampler(**shared | own, gradient=GradientPath(weights="authors"))
+            sampler = Sampler(**{"gradient": exact} | shared | own)
             found[f"{name}, {'warm' if warm else 'cold'}"] = Way(sampler, warm)
-    for count in sorted({1, max(1, scale.steps // 4)}):
-        for warm in (False, True):
-            path = GradientPath(weights="authors", steps="random", count=count)
-            sampler = Sampler(**shared, checkpoint=True, gradient=path)
-            found[f"{count} of {scale.steps} steps, {'warm' if warm else 'cold'}"] = Way(sampler, warm)
     return found
 
 

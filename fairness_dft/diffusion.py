@@ -82,7 +82,8 @@ class TextToImage(nn.Module, ABC):
         Args:
             latents: The latents z_t as the scheduler scales them for the network, with shape (B, C, h, w).
             timestep: The training timestep t, a scalar, or one a row, with shape (B,).
-            conditioning: The conditioning c, with shape (B, L, D).
+            conditioning: The conditioning c, with shape (B, L, D), or (P, L, D) where P divides B: then the first
+                B / P latents share the first row, and so on.
 
         Returns:
             The prediction ε(z_t, c), with the shape and dtype of `latents`.
@@ -113,8 +114,8 @@ class TextToImage(nn.Module, ABC):
         Args:
             latents: As for `denoise`.
             timestep: As for `denoise`.
-            conditioning: The conditioning c, with shape (B, L, D).
-            unconditional: The conditioning of the empty prompt ∅, with shape (B, L, D).
+            conditioning: The conditioning c, with shape (B, L, D), or (1, L, D) where all latents share it.
+            unconditional: The conditioning of the empty prompt ∅, with the same shape.
             guidance_scale: The scale s.
 
         Returns:
@@ -253,6 +254,7 @@ class StableDiffusion(TextToImage):
             network.to(memory_format=torch.channels_last)  # convolutions are faster so
         self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
         self.requires_grad_(False).eval()
+        share_conditioning(self.unet)
         self.compile_blocks()
 
     def compile_blocks(self) -> None:
@@ -320,6 +322,23 @@ class StableDiffusion(TextToImage):
         with _own_precision(self.vae):
             images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
         return (images.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+
+
+def share_conditioning(unet: nn.Module) -> None:
+    """Lets rows share a conditioning, whose keys and values are computed once then.
+
+    A cross-attention of diffusers takes its batch from the conditioning: of P rows, it takes all queries that share one
+    as a single long sequence. As queries do not see each other that is right, and only its result needs the shape of
+    the queries again.
+
+    Args:
+        unet: A `UNet2DConditionModel`, whose `encoder_hidden_states` may then have P rows where P divides its batch.
+    """
+    from diffusers.models.attention_processor import Attention
+
+    for module in unet.modules():
+        if isinstance(module, Attention) and module.is_cross_attention:
+            module.register_forward_hook(lambda _, inputs, output: output.reshape(inputs[0].shape))
 
 
 def _own_precision(network: Any) -> AbstractContextManager:

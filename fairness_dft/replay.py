@@ -59,8 +59,8 @@ def replayed(
         latents: The sampled latents z_0, with shape (n, C, h, w), without a graph.
         calls: The network calls that carry gradient.
         model: The model that was called.
-        conditioning: The conditioning c, with shape (n, L, D).
-        unconditional: The conditioning of the empty prompt, with shape (n, L, D).
+        conditioning: The conditioning c, with shape (n, L, D), or (1, L, D) where all images share it.
+        unconditional: The conditioning of the empty prompt, with the same shape.
         guidance_scale: The scale s.
         rows: How many rows the network works on at a time.
     """
@@ -100,32 +100,32 @@ class WayBack:
     ) -> list[Tensor | None]:
         """Gradients of either branch's conditioning, and of all that is learned, from that of z_0."""
         found: list[Tensor | None] = [None] * (2 + len(learned))
-        branches, scales = (unconditional, conditioning), (1 - self.guidance_scale, self.guidance_scale)
+        branches, scales = (conditioning, unconditional), (self.guidance_scale, 1 - self.guidance_scale)
         learns = self.model.denoiser_learns()
         asked = [i for i, branch in enumerate(branches) if scales[i] and (learns or branch.requires_grad)]
         if not asked:
             return found
-        conditionings = torch.stack([branches[i].detach() for i in asked]).requires_grad_()
+        leaves = [branch.detach().requires_grad_() for branch in branches]
         latents = torch.stack([call.latents for call in self.calls])
         timesteps = torch.stack([call.timestep for call in self.calls])
-        weights = torch.tensor([[call.weight * scales[i] for i in asked] for call in self.calls], dtype=torch.double)
-        weights = weights.to(gradient)
+        weights = torch.tensor([[call.weight * scale for scale in scales] for call in self.calls], dtype=torch.double)
+        weights = weights.view(-1, 2, *[1] * (gradient.ndim - 1)).to(gradient)
 
-        wanted = conditionings, *learned
-        totals: list[Tensor | None] = [None] * len(wanted)
-        every = torch.cartesian_prod(*map(torch.arange, (*weights.shape, len(gradient)))).to(gradient.device)
-        for step, branch, image in (part.unbind(1) for part in every.tensor_split(-(-len(every) // self.rows))):
-            with torch.enable_grad(), self.precision.autocast():
-                prediction = self.model.denoise(latents[step, image], timesteps[step], conditionings[branch, image])
-            weight = weights[step, branch].view(-1, *[1] * (gradient.ndim - 1))
-            values = torch.autograd.grad(prediction, wanted, gradient[image] * weight, allow_unused=True)
-            totals = [_add(total, value) for total, value in zip(totals, values, strict=True)]
-
-        of_branches, *found[2:] = totals
-        if of_branches is not None:  # as it is where the network does not read its conditioning
-            for i, value in zip(asked, of_branches.to(conditioning.dtype), strict=True):
-                found[1 - i] = value
-        return found
+        every = torch.cartesian_prod(*map(torch.arange, latents.shape[:2])).to(gradient.device)
+        # What does not fit into one call is called branch by branch, so that rows share what a branch has of keys.
+        groups = [asked] if len(asked) * len(every) <= self.rows else [[i] for i in asked]
+        for group in groups:
+            for part in every.tensor_split(-(-len(group) * len(every) // self.rows)):
+                step, image = part.unbind(1)
+                inputs = torch.cat([latents[step, image]] * len(group)), torch.cat([timesteps[step]] * len(group))
+                with torch.enable_grad(), self.precision.autocast():
+                    shared = torch.cat([leaves[i] if len(leaves[i]) == 1 else leaves[i][image] for i in group])
+                    prediction = self.model.denoise(*inputs, shared)
+                weighted = torch.cat([gradient[image] * weights[step, i] for i in group])
+                values = torch.autograd.grad(prediction, (*leaves, *learned), weighted, allow_unused=True)
+                found = [_add(total, value) for total, value in zip(found, values, strict=True)]
+        of_branches = [None if value is None else value.to(conditioning.dtype) for value in found[:2]]
+        return [*of_branches, *found[2:]]
 
 
 def _add(total: Tensor | None, value: Tensor | None) -> Tensor | None:

@@ -36,9 +36,9 @@ def checkpointed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *inputs: recompute(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def chunked(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int) -> Tensor:
-    """Applies `function`, which treats each row of `inputs` by itself, to `chunk` rows at a time."""
-    return torch.cat([function(part) for part in inputs.split(chunk)])
+def rows_of(conditioning: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Splits a conditioning as the rows of `parts` are, or gives each the single row that all of them share."""
+    return [conditioning] * len(parts) if len(conditioning) == 1 else conditioning.split([len(part) for part in parts])
 
 
 def noise_sources(scheduler: Any, noise: Tensor) -> dict[str, list[Generator]]:
@@ -141,10 +141,10 @@ class Sampler:
             raise ValueError(f"`prompts` must be one, or one for each of the {len(noise)} images; got {len(prompts)}")
         steps = self.draw_steps(generator) if steps is None else steps
         if model.prefix:  # which the empty prompt does not have: by itself it has no graph of that
-            embeddings = model.encode(prompts), model.encode([""])
+            conditioning, unconditional = model.encode(prompts), model.encode([""])
         else:
-            embeddings = model.encode([*prompts, ""]).tensor_split([-1])
-        conditioning, unconditional = (found.expand(len(noise), -1, -1) for found in embeddings)
+            conditioning, unconditional = model.encode([*prompts, ""]).tensor_split([-1])
+        unconditional = unconditional.expand_as(conditioning)  # one row where all images share a prompt
 
         scheduler = copy.deepcopy(model.scheduler)  # it keeps the history of its multistep solver
         scheduler.set_timesteps(steps)  # on the CPU, where its lookups do not make a GPU wait
@@ -170,7 +170,8 @@ class Sampler:
     def in_chunks(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """Applies a frozen network, such as the decoder, to `decode_chunk` rows at a time.
 
-        Where activations are computed again (`checkpoint`), those of one chunk exist at a time.
+        Where activations are computed again (`checkpoint`), those of one chunk exist at a time: of the last, which is
+        the first on the way back, they are kept.
 
         Args:
             function: A deterministic function that treats each row by itself.
@@ -179,7 +180,8 @@ class Sampler:
         Returns:
             What `function(inputs)` returns, with shape (n, ...).
         """
-        return chunked(self._wrap(function), inputs, self.decode_chunk)
+        *others, last = inputs.split(self.decode_chunk)
+        return torch.cat([*map(self._wrap(function), others), function(last)])
 
     def _weights(
         self, scheduler: Any, steps: int, total: int, replays: bool, generator: Generator | None
@@ -210,9 +212,10 @@ class Sampler:
         if scale is not None and not self.gradient.coupled:
             latents = latents.detach()
         guided = model.guided if scale is None else self._wrap(model.guided)
-        parts = (tensor.split(self.images_at_once or len(tensor)) for tensor in (latents, conditioning, unconditional))
+        parts = latents.split(self.images_at_once or len(latents))
+        both = (rows_of(tensor, parts) for tensor in (conditioning, unconditional))
         with torch.set_grad_enabled(scale is not None):
-            found = [guided(z, timestep, c, empty, self.guidance_scale) for z, c, empty in zip(*parts, strict=True)]
+            found = [guided(z, timestep, *rows, self.guidance_scale) for z, *rows in zip(parts, *both, strict=True)]
         prediction = torch.cat(found)
         return prediction if scale is None else scale_gradient(prediction, scale)
 

@@ -109,6 +109,20 @@ def test_noise_is_that_of_diffusers_and_does_not_depend_on_the_batch(model: Stab
     assert_close(model.noise(seeds.flip(0)), noise.flip(0), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("prompts", [["a chef"], ["a chef", "a nurse at work"]])
+def test_rows_share_a_conditioning(model: StableDiffusion, prompts: list[str]) -> None:
+    latents, timestep = model.noise(torch.arange(4)), torch.tensor(300)
+    found = []
+    for repeats in (1, 4 // len(prompts)):
+        conditioning = model.encode(prompts).requires_grad_()
+        prediction = model.denoise(latents, timestep, conditioning.repeat_interleave(repeats, 0))
+        gradient = torch.autograd.grad((prediction * torch.linspace(-1, 2, 4).view(-1, 1, 1, 1)).sum(), conditioning)
+        found.append((prediction, *gradient))
+    (shared, gradient), (each, expected) = found
+    assert_close(shared, each)
+    assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 7.5])
 def test_guidance_is_its_formula(model: StableDiffusion, guidance_scale: float) -> None:
     latents, timestep = model.noise(torch.arange(2)), torch.tensor(300)

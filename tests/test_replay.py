@@ -106,8 +106,21 @@ def test_sampling_has_no_graph_and_going_back_takes_some_rows_of_any_steps(
     sizes = [size for _, size, _ in calls]
     total = 2 * 2 * 3  # steps that carry gradient, branches, images
     assert sum(sizes) == total and max(sizes) <= rows and max(sizes) - min(sizes) <= 1
-    assert len(calls) == -(-total // rows)
+    assert len(calls) == (1 if total <= rows else 2 * -(-total // 2 // rows))  # else each is of one branch
     assert len(set().union(*(steps for *_, steps in calls))) == 2
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+def test_images_share_the_keys_of_their_prompt(folder: Path, rows: int) -> None:
+    model, seen = finetuned(folder, TextEncoderLoRA(rank=2)), []
+    to_k = next(module for name, module in model.unet.named_modules() if name.endswith("attn2.to_k"))
+    to_k.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
+    sampler = Sampler(steps=3, guidance_scale=3.0, images_at_once=rows)
+    images = sampler(model, "a chef", model.noise(torch.arange(4)))
+    assert seen == 3 * [2]  # of the prompt and of the empty one
+    seen.clear()
+    images.sum().backward()
+    assert seen == ([2] if rows == 100 else 6 * [1])
 
 
 @pytest.mark.parametrize(
