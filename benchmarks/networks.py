@@ -15,7 +15,8 @@ from typing_extensions import override
 from fairness_dft.adapters import TextEncoderLoRA
 from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import ImageClassifier, Judge
-from fairness_dft.diffusion import StableDiffusion, find_scheduler, share_conditioning
+from fairness_dft.cross_attention import share_keys
+from fairness_dft.diffusion import StableDiffusion, find_scheduler
 from fairness_dft.features import Clip, Dino
 from fairness_dft.loading import resolve
 from fairness_dft.portraits.base import judges
@@ -38,7 +39,7 @@ class Scale:
         steps: T.
         guidance_scale: s.
         features: CLIP and DINOv2 of these sizes, where the networks are not the miniature's.
-        decode_chunk: images that our decoder and feature networks work on at a time; the authors' work on a micro-batch.
+        decode_chunk: images that our decoder and feature networks work on at a time; theirs work on a micro-batch.
     """
 
     networks: Literal["miniature", "sd15"]
@@ -110,7 +111,7 @@ class RandomStableDiffusion(StableDiffusion):
             network.to(memory_format=torch.channels_last)
         self.latent_shape = (4, *self._latent_size())
         self.to(self.weights_dtype).requires_grad_(False).eval()
-        share_conditioning(self.unet)
+        share_keys(self.unet)
         self.compile_blocks()
 
 

@@ -84,7 +84,7 @@ def ways(scale: Scale) -> dict[str, Way]:
     shared = dict(steps=scale.steps, guidance_scale=scale.guidance_scale)
     # As many rows as the authors' micro-batch has in two branches of guidance, and fewer images for the decoder, which
     # works at full resolution and keeps all activations of a chunk.
-    shared |= dict(decode_chunk=scale.decode_chunk, images_at_once=2 * scale.micro_batch)
+    shared |= dict(decode_chunk=min(scale.decode_chunk, scale.micro_batch), images_at_once=2 * scale.micro_batch)
     kept = dict(checkpoint=False, decode_chunk=scale.micro_batch)
     exact, quarter = GradientPath(weights="authors"), max(1, scale.steps // 4)
     some = {count: GradientPath(weights="authors", steps="random", count=count) for count in sorted({1, quarter})}

@@ -82,7 +82,7 @@ def step_gradients(
     sources = noise_sources(scheduler, noise)
 
     with torch.no_grad():
-        frozen = both(model, prompt, len(noise))
+        frozen = both(model, prompt)
     inputs, probes = [], []
     latents = noise * scheduler.init_noise_sigma
     with torch.enable_grad():
@@ -96,7 +96,7 @@ def step_gradients(
 
     for timestep, seen, exact, coefficient in zip(scheduler.timesteps, inputs, reaching, coefficients, strict=True):
         with torch.enable_grad():
-            prediction = guided(seen, timestep, *both(model, prompt, len(noise)), guidance_scale)
+            prediction = guided(seen, timestep, *both(model, prompt), guidance_scale)
         parts = []
         for vector in (exact, direction):
             found = torch.autograd.grad(prediction, parameters, vector, retain_graph=True, allow_unused=True)
@@ -104,10 +104,9 @@ def step_gradients(
         yield StepGradient(float(timestep), coefficient, *parts)
 
 
-def both(model: TextToImage, prompt: str, count: int) -> tuple[Tensor, Tensor]:
-    """The embeddings of the prompt and of the empty one, each for `count` images."""
-    embeddings = model.encode([prompt, ""])
-    return embeddings[:1].expand(count, -1, -1), embeddings[1:].expand(count, -1, -1)
+def both(model: TextToImage, prompt: str) -> tuple[Tensor, ...]:
+    """The embeddings of the prompt and of the empty one, each with shape (1, L, D)."""
+    return model.encode([prompt, ""]).tensor_split(2)
 
 
 def flatten(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:

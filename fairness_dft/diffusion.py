@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fairness_dft.cross_attention import share_keys
 from fairness_dft.loading import on_hub, quiet, resolve
 
 
@@ -87,6 +88,9 @@ class TextToImage(nn.Module, ABC):
 
         Returns:
             The prediction ε(z_t, c), with the shape and dtype of `latents`.
+
+        Raises:
+            ValueError: If P does not divide B.
         """
 
     @abstractmethod
@@ -254,7 +258,7 @@ class StableDiffusion(TextToImage):
             network.to(memory_format=torch.channels_last)  # convolutions are faster so
         self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
         self.requires_grad_(False).eval()
-        share_conditioning(self.unet)
+        share_keys(self.unet)
         self.compile_blocks()
 
     def compile_blocks(self) -> None:
@@ -307,6 +311,8 @@ class StableDiffusion(TextToImage):
 
     @override
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Tensor) -> Tensor:
+        if len(latents) % len(conditioning):
+            raise ValueError(f"{len(conditioning)} rows of `conditioning` cannot serve {len(latents)} latents alike")
         dtype = self.unet.dtype
         with _own_precision(self.unet):
             prediction = self.unet(latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype)).sample
@@ -322,23 +328,6 @@ class StableDiffusion(TextToImage):
         with _own_precision(self.vae):
             images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
         return (images.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
-
-
-def share_conditioning(unet: nn.Module) -> None:
-    """Lets rows share a conditioning, whose keys and values are computed once then.
-
-    A cross-attention of diffusers takes its batch from the conditioning: of P rows, it takes all queries that share one
-    as a single long sequence. As queries do not see each other that is right, and only its result needs the shape of
-    the queries again.
-
-    Args:
-        unet: A `UNet2DConditionModel`, whose `encoder_hidden_states` may then have P rows where P divides its batch.
-    """
-    from diffusers.models.attention_processor import Attention
-
-    for module in unet.modules():
-        if isinstance(module, Attention) and module.is_cross_attention:
-            module.register_forward_hook(lambda _, inputs, output: output.reshape(inputs[0].shape))
 
 
 def _own_precision(network: Any) -> AbstractContextManager:

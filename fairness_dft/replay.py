@@ -6,9 +6,9 @@ the gradient of a loss L on z_0 is a sum of independent terms,
     dL/dθ = Σ_t w_t dL/dz_0 · ∂ε_t/∂θ,    ε_t = (1 - s) ε(z_t, ∅) + s ε(z_t, c),
 
 each of which needs z_t, t, the conditioning and dL/dz_0, and nothing else. So sampling builds no graph, and the
-backward pass calls the network again on whichever rows it likes: of any steps, of either branch of guidance, as many at
-a time as there is memory for. A branch whose conditioning does not depend on what is learned is left out, unless the
-network learns too.
+backward pass calls the network again on whichever rows it likes: of any steps, one branch of guidance after the other,
+as many at a time as there is memory for. A branch whose conditioning does not depend on what is learned is left out,
+unless the network learns too.
 
 In the code `weight` is w_t = k_t times the factor of the gradient path (for the adjusted gradient, the same number A
 for all t), `guidance_scale` is s, and a row is one image at one step in one branch.
@@ -112,16 +112,13 @@ class WayBack:
         weights = weights.view(-1, 2, *[1] * (gradient.ndim - 1)).to(gradient)
 
         every = torch.cartesian_prod(*map(torch.arange, latents.shape[:2])).to(gradient.device)
-        # What does not fit into one call is called branch by branch, so that rows share what a branch has of keys.
-        groups = [asked] if len(asked) * len(every) <= self.rows else [[i] for i in asked]
-        for group in groups:
-            for part in every.tensor_split(-(-len(group) * len(every) // self.rows)):
+        for i in asked:  # branch by branch, so that the rows of a call share its prompt
+            for part in every.tensor_split(-(-len(every) // self.rows)):
                 step, image = part.unbind(1)
-                inputs = torch.cat([latents[step, image]] * len(group)), torch.cat([timesteps[step]] * len(group))
                 with torch.enable_grad(), self.precision.autocast():
-                    shared = torch.cat([leaves[i] if len(leaves[i]) == 1 else leaves[i][image] for i in group])
-                    prediction = self.model.denoise(*inputs, shared)
-                weighted = torch.cat([gradient[image] * weights[step, i] for i in group])
+                    rows = leaves[i][image if len(leaves[i]) > 1 else slice(None)]
+                    prediction = self.model.denoise(latents[step, image], timesteps[step], rows)
+                weighted = gradient[image] * weights[step, i]
                 values = torch.autograd.grad(prediction, (*leaves, *learned), weighted, allow_unused=True)
                 found = [_add(total, value) for total, value in zip(found, values, strict=True)]
         of_branches = [None if value is None else value.to(conditioning.dtype) for value in found[:2]]

@@ -170,8 +170,8 @@ class Sampler:
     def in_chunks(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """Applies a frozen network, such as the decoder, to `decode_chunk` rows at a time.
 
-        Where activations are computed again (`checkpoint`), those of one chunk exist at a time: of the last, which is
-        the first on the way back, they are kept.
+        Where activations are computed again (`checkpoint`), those of one chunk of a network exist at a time. The last
+        chunk is the first on the way back, so its activations are kept.
 
         Args:
             function: A deterministic function that treats each row by itself.

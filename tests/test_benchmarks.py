@@ -43,7 +43,7 @@ def test_the_exact_step_has_the_authors_gradient(compared) -> None:
 
 
 @pytest.mark.slow
-def test_operations_saved_are_whole_sampling_passes(compared) -> None:
+def test_operations_saved_are_a_sampling_pass_and_half_of_the_decoder(compared) -> None:
     operations = {name: way.operations for name, way in compared.items()}
     others = {name: way.operations - way.passes for name, way in compared.items()}
     # Decoder and feature networks are counted too, so that a pass costs more than the denoising network's 1.

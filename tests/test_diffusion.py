@@ -7,12 +7,14 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
 from tiny import build_tiny_pipeline
 from torch.testing import assert_close
 
 from fairness_dft.adapters import UNetLoRA
+from fairness_dft.cross_attention import SharedKeys, share_keys
 from fairness_dft.diffusion import StableDiffusion
 
 
@@ -121,6 +123,35 @@ def test_rows_share_a_conditioning(model: StableDiffusion, prompts: list[str]) -
     (shared, gradient), (each, expected) = found
     assert_close(shared, each)
     assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_rows_that_cannot_be_shared_alike_are_refused(model: StableDiffusion) -> None:
+    conditioning = model.encode(["a chef", "a nurse"])
+    for count in (1, 3):
+        with pytest.raises(ValueError, match=f"2 rows of `conditioning` cannot serve {count} latents alike"):
+            model.denoise(model.noise(torch.arange(count)), torch.tensor(300), conditioning)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("upcast", [False, True])
+def test_cross_attention_is_that_of_diffusers(linear: bool, upcast: bool) -> None:
+    """Stable Diffusion 1 projects by convolutions, 2 by linear layers and asks for attention in single precision."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, norm_num_groups=8,
+        cross_attention_dim=16, use_linear_projection=linear, upcast_attention=upcast,
+    ).eval()  # fmt: skip
+    inputs = torch.randn(4, 4, 8, 8), torch.tensor(300), torch.randn(4, 7, 16, requires_grad=True)
+    found = []
+    for prepare in (lambda _: None, share_keys):
+        prepare(unet)
+        prediction = unet(*inputs).sample
+        found.append((prediction, *torch.autograd.grad(prediction.square().sum(), inputs[2])))
+    assert_close(found[1], found[0])
+    assert {type(unet.attn_processors[name]) is SharedKeys for name in unet.attn_processors if "attn2" in name} == {
+        True
+    }
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 7.5])

@@ -266,14 +266,22 @@ def test_schedulers_that_draw_noise_draw_the_same_for_the_same_image(toy: Toy, s
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_a_function_in_chunks_is_the_function(rows: int, checkpoint: bool) -> None:
-    inputs, sizes = torch.randn(rows, 3, requires_grad=True), []
-    sampler = Sampler(checkpoint=checkpoint, decode_chunk=2)
-    result = sampler.in_chunks(lambda part: sizes.append(len(part)) or part.sin(), inputs)
+    inputs, sizes, back = torch.randn(rows, 3, requires_grad=True), [], []
+
+    def sine(part: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(part))
+        found = part.sin()
+        found.register_hook(lambda gradient: back.append(len(gradient)))
+        return found
+
+    result = Sampler(checkpoint=checkpoint, decode_chunk=2).in_chunks(sine, inputs)
     assert_close(result, inputs.sin())
     chunks = {0: [0], 1: [1], 5: [2, 2, 1]}[rows]
     assert sizes == chunks
     assert_close(torch.autograd.grad(result.sum(), inputs)[0], inputs.cos())
-    assert sorted(sizes) == sorted(chunks + chunks[:-1] * checkpoint)  # the last is not computed again
+    # The last is the first on the way back, and not computed again.
+    assert back[0] == chunks[-1]
+    assert sorted(sizes) == sorted(chunks + chunks[:-1] * checkpoint)
 
 
 @pytest.mark.parametrize(
