@@ -96,8 +96,8 @@ def take(setting: Setting, options: argparse.Namespace) -> dict[str, tuple[float
     every = setting.count == setting.steps
     path = GradientPath() if every else GradientPath(steps="random", count=setting.count)
     sampler = Sampler(
-        scale.steps, guidance_scale=scale.guidance_scale, gradient=path, decode_chunk=scale.decode_chunk,
-        images_at_once=2 * scale.micro_batch,
+        scale.steps, guidance_scale=scale.guidance_scale, gradient=path, decode_chunk=max(1, scale.micro_batch // 2),
+        images_at_once=scale.micro_batch,
     )  # fmt: skip
     taken = {"warm": Way(sampler, warm=True), "cold": Way(sampler)}
     measure(scale, taken, options, setting.processes)

@@ -165,23 +165,25 @@ class Sampler:
         if replays:
             rows = self.images_at_once or len(noise)
             latents = replayed(latents, calls, model, conditioning, unconditional, self.guidance_scale, rows)
-        return self.in_chunks(model.decode, latents)
+        return self.in_chunks(model.decode, latents, last_kept=True)
 
-    def in_chunks(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    def in_chunks(self, function: Callable[[Tensor], Tensor], inputs: Tensor, *, last_kept: bool = False) -> Tensor:
         """Applies a frozen network, such as the decoder, to `decode_chunk` rows at a time.
 
-        Where activations are computed again (`checkpoint`), those of one chunk of a network exist at a time. The last
-        chunk is the first on the way back, so its activations are kept.
+        Where activations are computed again (`checkpoint`), those of one chunk exist at a time.
 
         Args:
             function: A deterministic function that treats each row by itself.
             inputs: The inputs, such as latents or images, with shape (n, ...).
+            last_kept: Whether the activations of the last chunk, which is the first on the way back, are not computed
+                again. Meanwhile they are there beside those of what comes after.
 
         Returns:
             What `function(inputs)` returns, with shape (n, ...).
         """
+        again = self._wrap(function)
         *others, last = inputs.split(self.decode_chunk)
-        return torch.cat([*map(self._wrap(function), others), function(last)])
+        return torch.cat([*map(again, others), function(last) if last_kept else again(last)])
 
     def _weights(
         self, scheduler: Any, steps: int, total: int, replays: bool, generator: Generator | None

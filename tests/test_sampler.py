@@ -263,9 +263,10 @@ def test_schedulers_that_draw_noise_draw_the_same_for_the_same_image(toy: Toy, s
         assert (Sampler(steps=5)(quiet, "a chef", noise) - first).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("last_kept", [False, True])
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_a_function_in_chunks_is_the_function(rows: int, checkpoint: bool) -> None:
+def test_a_function_in_chunks_is_the_function(rows: int, checkpoint: bool, last_kept: bool) -> None:
     inputs, sizes, back = torch.randn(rows, 3, requires_grad=True), [], []
 
     def sine(part: torch.Tensor) -> torch.Tensor:
@@ -274,14 +275,14 @@ def test_a_function_in_chunks_is_the_function(rows: int, checkpoint: bool) -> No
         found.register_hook(lambda gradient: back.append(len(gradient)))
         return found
 
-    result = Sampler(checkpoint=checkpoint, decode_chunk=2).in_chunks(sine, inputs)
+    result = Sampler(checkpoint=checkpoint, decode_chunk=2).in_chunks(sine, inputs, last_kept=last_kept)
     assert_close(result, inputs.sin())
     chunks = {0: [0], 1: [1], 5: [2, 2, 1]}[rows]
     assert sizes == chunks
     assert_close(torch.autograd.grad(result.sum(), inputs)[0], inputs.cos())
-    # The last is the first on the way back, and not computed again.
-    assert back[0] == chunks[-1]
-    assert sorted(sizes) == sorted(chunks + chunks[:-1] * checkpoint)
+    assert back[0] == chunks[-1]  # the last is the first on the way back
+    again = (chunks[:-1] if last_kept else chunks) if checkpoint else []
+    assert sorted(sizes) == sorted(chunks + again)
 
 
 @pytest.mark.parametrize(
