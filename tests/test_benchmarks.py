@@ -71,6 +71,20 @@ def test_passes_of_the_denoising_network_are_those_counted_by_hand(compared) -> 
 
 
 @pytest.mark.slow
+def test_a_step_put_together_from_its_calls_is_the_step_that_was_counted(compared, profiled) -> None:
+    from benchmarks.calls import calls
+
+    generator = profiled.generator
+    found = calls(generator.unet, 4, generator.latent_shape[-1], generator.encode([""]).shape[1])
+    for name in WAYS[1:4]:
+        assert found[name] == pytest.approx(compared[name].passes, rel=0.01)
+    # Half of the steps, not a quarter; and the authors' micro-batches take as many operations as all images at once.
+    back = found["exact, warm"] - found["a quarter of the steps, warm"]
+    assert compared["1 of 2 steps, warm"].passes == pytest.approx(found["exact, warm"] - 2 / 3 * back, rel=0.01)
+    assert found["authors"] == pytest.approx(compared["authors"].passes, rel=0.01)
+
+
+@pytest.mark.slow
 def test_the_parts_of_a_profiled_step_are_all_there(profiled) -> None:
     from benchmarks.profile import inside
 
