@@ -59,13 +59,15 @@ JOINT = (
     "--adapter_average.decay=0.5",  # so that five steps show in it
     "--trainer.val_check_interval=3",
 )
+# A pixel that rounding puts on the other side of where it is clamped changes a gradient by a thousandth.
+DOUBLE = "--trainer.precision=64-true"
 TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, realism) -> tuple[Path, Path]:
     """One process for five steps; two for three and, from their checkpoint, for two more."""
-    joint = (*JOINT, *detecting(realism))
+    joint = (*JOINT, *detecting(realism), DOUBLE)
     alone = fit(tmp_path_factory.mktemp("alone"), *joint, "--trainer.max_steps=5")
     folder = tmp_path_factory.mktemp("together")
     begun = fit(folder, *joint, *TWO, "--trainer.max_steps=3", "--trainer.limit_test_batches=0")
@@ -90,7 +92,7 @@ def test_two_processes_have_the_same_gradient(runs):
 def test_two_processes_that_make_calls_again_have_the_same_gradient(tmp_path):
     """Three rows at a time, so that each process cuts its own across steps, branches and images."""
     again = ("--model.sampler.checkpoint=true", "--model.sampler.images_at_once=3", "--model.semantics_weight=0")
-    again += ("--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.limit_test_batches=0")
+    again += (DOUBLE, "--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.limit_test_batches=0")
     assert_same_gradient(fit(tmp_path / "alone", *again), fit(tmp_path / "together", *again, *TWO))
 
 
@@ -104,7 +106,7 @@ def assert_same_gradient(*runs: Path) -> None:
     for number, moments in alone.items():
         gradient = moments["exp_avg"]
         assert gradient.norm() > 0
-        assert (together[number]["exp_avg"] - gradient).norm() <= 1e-3 * gradient.norm(), number
+        assert (together[number]["exp_avg"] - gradient).norm() <= 1e-6 * gradient.norm(), number
 
 
 def test_two_processes_measure_the_same(runs):
