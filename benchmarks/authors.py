@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
 from fairness_dft.classifiers import Verdict
+from fairness_dft.frozen_layers import FrozenConv2d, GroupNormSiLU
 from fairness_dft.gradients import authors_weights, scale_gradient
 from fairness_dft.losses import alignment_loss, face_gradient_scales
 from fairness_dft.module import FairFinetuning
@@ -43,6 +45,28 @@ def sample(module: FairFinetuning, prompt: str, noise: Tensor, steps: int) -> Te
             prediction.register_hook(lambda gradient, weight=weight: gradient * weight)
         latents = scheduler.step(prediction, timestep, latents).prev_sample
     return generator.decode(latents)
+
+
+class GroupNormThenSiLU(GroupNormSiLU):
+    """Keeps what a group normalisation and an activation after it keep."""
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.both(inputs)
+
+
+@contextmanager
+def layers_that_keep(module: nn.Module) -> Iterator[None]:
+    """Within, layers keep for the way back what PyTorch's do."""
+    plain = {FrozenConv2d: nn.Conv2d, GroupNormSiLU: GroupNormThenSiLU}
+    own = {layer: type(layer) for layer in module.modules() if type(layer) in plain}
+    for layer, kind in own.items():
+        layer.__class__ = plain[kind]
+    try:
+        yield
+    finally:
+        for layer, kind in own.items():
+            layer.__class__ = kind
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from typing_extensions import override
 from fairness_dft.adapters import TextEncoderLoRA
 from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import ImageClassifier, Judge
-from fairness_dft.cross_attention import share_keys
 from fairness_dft.diffusion import StableDiffusion, find_scheduler
 from fairness_dft.features import Clip, Dino
+from fairness_dft.frozen_layers import forget_inputs
 from fairness_dft.loading import resolve
 from fairness_dft.portraits.base import judges
 from fairness_dft.preprocessing import Preprocessing
@@ -39,7 +39,6 @@ class Scale:
         steps: T.
         guidance_scale: s.
         features: CLIP and DINOv2 of these sizes, where the networks are not the miniature's.
-        decode_chunk: images that our decoder and feature networks work on at a time; theirs work on a micro-batch.
     """
 
     networks: Literal["miniature", "sd15"]
@@ -50,7 +49,6 @@ class Scale:
     steps: int
     guidance_scale: float
     features: tuple[str, str] = ("ViT-H/14", "ViT-B/14")
-    decode_chunk: int = 2
 
 
 CLIPS = {
@@ -64,7 +62,7 @@ DINOS = {"ViT-B/14": dict(), "ViT-S/14": dict(hidden_size=384, num_attention_hea
 
 SCALES = {
     "miniature": Scale(
-        "miniature", 64, images=8, micro_batch=8, sampling_batch=8, steps=8, guidance_scale=1.75, decode_chunk=3,
+        "miniature", 64, images=8, micro_batch=8, sampling_batch=8, steps=8, guidance_scale=1.75
     ),
     "sd15-cpu": Scale(
         "sd15", 128, images=4, micro_batch=4, sampling_batch=4, steps=16, guidance_scale=7.5,
@@ -107,12 +105,8 @@ class RandomStableDiffusion(StableDiffusion):
             layers_per_block=2,
             sample_size=512,
         )
-        for network in (self.vae, self.unet):
-            network.to(memory_format=torch.channels_last)
         self.latent_shape = (4, *self._latent_size())
-        self.to(self.weights_dtype).requires_grad_(False).eval()
-        share_keys(self.unet)
-        self.compile_blocks()
+        self.to(self.weights_dtype).freeze()
 
 
 class RandomClip(Clip):
@@ -148,6 +142,7 @@ class RandomClassifier(ImageClassifier):
         self.preprocessing = Preprocessing((224, 224), MEAN, DEVIATION)
         network = MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=2))
         self.network = network.requires_grad_(False).eval()
+        forget_inputs(self.network)
         self.columns = {"gender": {"woman": 0, "man": 1}}
         self.heads = {"gender": ("woman", "man")}
 

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
-from benchmarks.authors import authors_step
+from benchmarks.authors import authors_step, layers_that_keep
 from benchmarks.networks import SCALES, Scale, parts
 from fairness_dft.gradients import GradientPath
 from fairness_dft.module import FairFinetuning
@@ -82,15 +82,15 @@ def ways(scale: Scale) -> dict[str, Way]:
     """All ways that are compared, the authors' first."""
     found = {"authors": Way()}
     shared = dict(steps=scale.steps, guidance_scale=scale.guidance_scale)
-    # As many rows as the authors' micro-batch has in two branches of guidance, and fewer images for the decoder, which
-    # works at full resolution and keeps all activations of a chunk.
-    shared |= dict(decode_chunk=min(scale.decode_chunk, scale.micro_batch), images_at_once=2 * scale.micro_batch)
+    # As many rows as the authors' micro-batch has in two branches of guidance, and of as many images activations of the
+    # decoder at a time, which works on half of them.
+    shared |= dict(decode_chunk=-(-scale.micro_batch // 2), decode_kept=scale.micro_batch)
+    shared |= dict(images_at_once=3 * scale.micro_batch)
     kept = dict(checkpoint=False, decode_chunk=scale.micro_batch)
     exact, quarter = GradientPath(weights="authors"), max(1, scale.steps // 4)
     some = {count: GradientPath(weights="authors", steps="random", count=count) for count in sorted({1, quarter})}
     settings = {
         "exact": {},
-        "exact, decoding as many": dict(decode_chunk=scale.micro_batch),
         "exact, activations kept": kept,
         **{f"{count} of {scale.steps} steps": dict(gradient=path) for count, path in some.items()},
         f"{quarter} of {scale.steps} steps, activations kept": kept | dict(gradient=some[quarter]),
@@ -153,7 +153,8 @@ class Comparison(FairFinetuning):
 
         def step() -> None:
             if way.sampler is None:
-                authors_step(self, batch, self.scale.micro_batch, self.scale.sampling_batch, self.manual_backward)
+                with layers_that_keep(self):
+                    authors_step(self, batch, self.scale.micro_batch, self.scale.sampling_batch, self.manual_backward)
             else:
                 self.manual_backward(FairFinetuning.training_step(self, batch, batch_idx))
 

@@ -18,6 +18,7 @@ from typing_extensions import final, override
 
 from fairness_dft.attributes import attributes_of
 from fairness_dft.faces import FaceFinder, Faces, WholeFrame, whole_frame_boxes
+from fairness_dft.frozen_layers import forget_inputs
 from fairness_dft.loading import quiet, resolve
 from fairness_dft.preprocessing import Preprocessing
 
@@ -119,6 +120,7 @@ class ImageClassifier(AttributeClassifier):
             missing = ", ".join(sorted(found["missing_keys"]))
             raise ValueError(f"the classifier {self.path!r} is no image classifier: its weights lack {missing}")
         self.network = network.requires_grad_(False).eval()
+        forget_inputs(self.network)
         self.columns = columns_of_heads(network.config.id2label, self.attribute)
         self.heads = {head: tuple(columns) for head, columns in self.columns.items()}
 

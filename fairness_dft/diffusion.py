@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fairness_dft.cross_attention import share_keys
+from fairness_dft.frozen_layers import forget_inputs, join_activations
 from fairness_dft.loading import on_hub, quiet, resolve
 
 
@@ -254,15 +255,17 @@ class StableDiffusion(TextToImage):
             self.text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **weights)
             self.vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
             self.unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
+        self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Freezes the networks, makes their calls cheap, and compiles transformer blocks if that was asked for."""
+        self.requires_grad_(False).eval()
         for network in (self.vae, self.unet):
             network.to(memory_format=torch.channels_last)  # convolutions are faster so
-        self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
-        self.requires_grad_(False).eval()
+            forget_inputs(network)
+        join_activations(self.vae)
         share_keys(self.unet)
-        self.compile_blocks()
-
-    def compile_blocks(self) -> None:
-        """Compiles the transformer blocks of the U-Net, if that was asked for."""
         if self.compiled:
             # Blocks of three widths, with and without a graph, adapter on and off: dynamo's own limit is 8.
             torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)

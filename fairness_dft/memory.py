@@ -77,10 +77,16 @@ def of_training(module: FairFinetuning, data: PromptModule) -> str:
             f"of those of {share} in all steps, or lower {fewer}all activations; more GPUs do too) or "
             f"--model.sampler.steps (now {sampler.steps}; half of it halves those of the denoising network)"
         )
+    if sampler.decode_kept > sampler.decode_chunk:
+        decoding = f"--model.sampler.decode_kept (now {sampler.decode_kept}; half of it halves those of the decoder)"
+    else:
+        decoding = (
+            f"--model.sampler.decode_chunk (now {sampler.decode_chunk}; half of it halves those of the decoder and the "
+            "feature networks)"
+        )
     return (
         f"lower --model.sampler.images_at_once (now {at_once}; half of it halves the activations of the denoising "
-        f"network), --model.sampler.decode_chunk (now {sampler.decode_chunk}; half of it halves those of the decoder "
-        f"and the feature networks), or {fewer}latents, images and the classifier's activations; more GPUs do too)"
+        f"network), {decoding}, or {fewer}latents, images and the classifier's activations; more GPUs do too)"
     )
 
 

@@ -74,6 +74,8 @@ class Sampler:
         checkpoint: Whether to save memory by computing the activations of each step again in the backward
             pass.
         decode_chunk: The number of images that the decoder, or a feature network, works on at a time.
+        decode_kept: With `checkpoint`, how many images' activations in the decoder are kept, in whole chunks, and not
+            computed again; `decode_chunk` by default, as those of a chunk exist anyway in the backward pass.
         images_at_once: The number of images that the denoising network works on at a time; all by default. With
             `checkpoint` and detached latents it is also how many rows, of one image at one step in one branch of
             guidance, are computed again at a time.
@@ -91,6 +93,7 @@ class Sampler:
         checkpoint: bool = True,
         decode_chunk: int = 8,
         images_at_once: int | None = None,
+        decode_kept: int | None = None,
     ) -> None:
         if steps < 1:
             raise ValueError(f"`steps` must be at least 1, but got {steps}")
@@ -103,10 +106,13 @@ class Sampler:
         self.steps = steps
         self.steps_max = steps if steps_max is None else steps_max
         self.guidance_scale = guidance_scale
+        if decode_kept is not None and decode_kept < 0:
+            raise ValueError(f"`decode_kept` must be at least 0, but got {decode_kept}")
         self.gradient = gradient or GradientPath.adjusted()
         self.checkpoint = checkpoint
         self.decode_chunk = decode_chunk
         self.images_at_once = images_at_once
+        self.decode_kept = decode_chunk if decode_kept is None else decode_kept
 
     def draw_steps(self, generator: Generator | None = None) -> int:
         """Draws a number of steps, from `steps` to `steps_max`; calls to be compared must share one draw."""
@@ -165,9 +171,9 @@ class Sampler:
         if replays:
             rows = self.images_at_once or len(noise)
             latents = replayed(latents, calls, model, conditioning, unconditional, self.guidance_scale, rows)
-        return self.in_chunks(model.decode, latents, last_kept=True)
+        return self.in_chunks(model.decode, latents, self.decode_kept)
 
-    def in_chunks(self, function: Callable[[Tensor], Tensor], inputs: Tensor, *, last_kept: bool = False) -> Tensor:
+    def in_chunks(self, function: Callable[[Tensor], Tensor], inputs: Tensor, kept: int = 0) -> Tensor:
         """Applies a frozen network, such as the decoder, to `decode_chunk` rows at a time.
 
         Where activations are computed again (`checkpoint`), those of one chunk exist at a time.
@@ -175,15 +181,16 @@ class Sampler:
         Args:
             function: A deterministic function that treats each row by itself.
             inputs: The inputs, such as latents or images, with shape (n, ...).
-            last_kept: Whether the activations of the last chunk, which is the first on the way back, are not computed
-                again. Meanwhile they are there beside those of what comes after.
+            kept: How many rows' activations may be kept, in whole chunks. They are those of the last chunks, which come
+                first on the way back; until then they are there beside those of what comes after.
 
         Returns:
             What `function(inputs)` returns, with shape (n, ...).
         """
-        again = self._wrap(function)
-        *others, last = inputs.split(self.decode_chunk)
-        return torch.cat([*map(again, others), function(last) if last_kept else again(last)])
+        again, parts = self._wrap(function), inputs.split(self.decode_chunk)
+        from_here = [len(inputs) - i * self.decode_chunk for i in range(len(parts))]  # rows of this chunk and all after
+        each = zip(parts, from_here, strict=True)
+        return torch.cat([function(part) if rows <= kept else again(part) for part, rows in each])
 
     def _weights(
         self, scheduler: Any, steps: int, total: int, replays: bool, generator: Generator | None

@@ -49,7 +49,7 @@ def test_operations_saved_are_a_sampling_pass_and_half_of_the_decoder(compared) 
     # Decoder and feature networks are counted too, so that a pass costs more than the denoising network's 1.
     a_pass = operations["exact, cold"] - operations["exact, warm"]
     assert 1 < a_pass < 2.5
-    # The decoder works on two of four images at a time, of which the last are not computed again; features are.
+    # Of four images' activations the decoder keeps those of the last two, feature networks none.
     again = others["exact, warm"] - others["exact, activations kept, warm"]
     forward = others["exact, cold"] - others["exact, warm"]
     assert forward / 2 < again < 0.95 * forward

@@ -369,6 +369,8 @@ EVALUATION = ("evaluation_sampler.images_at_once (now 3;", "evaluation_sampler.d
     [
         ("training", "true", ["--model.sampler.images_at_once=2"],
          ("model.sampler.images_at_once (now 2;", "model.sampler.decode_chunk (now 64;", "images_per_prompt (now 4;")),
+        ("training", "true", ["--model.sampler.decode_chunk=2", "--model.sampler.decode_kept=4"],
+         ("model.sampler.images_at_once (now 4;", "model.sampler.decode_kept (now 4;", "images_per_prompt (now 4;")),
         ("training", "false", [], ("checkpoint=true", "images_per_prompt (now 4;", "model.sampler.steps (now 2;")),
         ("validation", "true", ["--model.evaluation_sampler.images_at_once=3"],
          (*EVALUATION, "validation_images_per_prompt (now ")),

@@ -263,10 +263,10 @@ def test_schedulers_that_draw_noise_draw_the_same_for_the_same_image(toy: Toy, s
         assert (Sampler(steps=5)(quiet, "a chef", noise) - first).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("last_kept", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 4, 9])
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 5])
-def test_a_function_in_chunks_is_the_function(rows: int, checkpoint: bool, last_kept: bool) -> None:
+@pytest.mark.parametrize("rows", [0, 1, 5, 6])
+def test_a_function_in_chunks_is_the_function(rows: int, checkpoint: bool, kept: int) -> None:
     inputs, sizes, back = torch.randn(rows, 3, requires_grad=True), [], []
 
     def sine(part: torch.Tensor) -> torch.Tensor:
@@ -275,13 +275,13 @@ def test_a_function_in_chunks_is_the_function(rows: int, checkpoint: bool, last_
         found.register_hook(lambda gradient: back.append(len(gradient)))
         return found
 
-    result = Sampler(checkpoint=checkpoint, decode_chunk=2).in_chunks(sine, inputs, last_kept=last_kept)
+    result = Sampler(checkpoint=checkpoint, decode_chunk=2).in_chunks(sine, inputs, kept)
     assert_close(result, inputs.sin())
-    chunks = {0: [0], 1: [1], 5: [2, 2, 1]}[rows]
+    chunks = {0: [0], 1: [1], 5: [2, 2, 1], 6: [2, 2, 2]}[rows]
     assert sizes == chunks
     assert_close(torch.autograd.grad(result.sum(), inputs)[0], inputs.cos())
     assert back[0] == chunks[-1]  # the last is the first on the way back
-    again = (chunks[:-1] if last_kept else chunks) if checkpoint else []
+    again = [size for i, size in enumerate(chunks) if sum(chunks[i:]) > kept] if checkpoint else []
     assert sorted(sizes) == sorted(chunks + again)
 
 
@@ -291,6 +291,7 @@ def test_a_function_in_chunks_is_the_function(rows: int, checkpoint: bool, last_
         ({"steps": 0}, "`steps` must be at least 1, but got 0"),
         ({"steps": 5, "steps_max": 4}, r"`steps_max` must be at least `steps` \(5\), but got 4"),
         ({"decode_chunk": 0}, "`decode_chunk` must be at least 1, but got 0"),
+        ({"decode_kept": -1}, "`decode_kept` must be at least 0, but got -1"),
         ({"images_at_once": 0}, "`images_at_once` must be at least 1, but got 0"),
     ],
 )
