@@ -123,7 +123,7 @@ def authors_step(
     for part in parts:
         own = {name: replace(a, targets=a.targets[part], chosen=a.chosen[part]) for name, a in alignments.items()}
         original = Original(rows_of(verdict, part), [feature[part] for feature in features])
-        with blocks_again(module):
+        with layers_that_keep(module), blocks_again(module):
             images = sample(module, prompt, noise[part], steps)
             scales = torch.ones_like(images[:, :1])
             embeddings = module.embed(scale_gradient(images, scales))

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
-from benchmarks.authors import authors_step, layers_that_keep
+from benchmarks.authors import authors_step
 from benchmarks.networks import SCALES, Scale, parts
 from fairness_dft.gradients import GradientPath
 from fairness_dft.module import FairFinetuning
@@ -82,8 +82,8 @@ def ways(scale: Scale) -> dict[str, Way]:
     """All ways that are compared, the authors' first."""
     found = {"authors": Way()}
     shared = dict(steps=scale.steps, guidance_scale=scale.guidance_scale)
-    # As many rows as the authors' micro-batch has in two branches of guidance, and of as many images activations of the
-    # decoder at a time, which works on half of them.
+    # Activations of as many images of the decoder at a time as the authors' micro-batch has, of half of them in a call.
+    # What that saves is spent on the denoising network: three rows for each image, where theirs is two branches.
     shared |= dict(decode_chunk=-(-scale.micro_batch // 2), decode_kept=scale.micro_batch)
     shared |= dict(images_at_once=3 * scale.micro_batch)
     kept = dict(checkpoint=False, decode_chunk=scale.micro_batch)
@@ -153,8 +153,7 @@ class Comparison(FairFinetuning):
 
         def step() -> None:
             if way.sampler is None:
-                with layers_that_keep(self):
-                    authors_step(self, batch, self.scale.micro_batch, self.scale.sampling_batch, self.manual_backward)
+                authors_step(self, batch, self.scale.micro_batch, self.scale.sampling_batch, self.manual_backward)
             else:
                 self.manual_backward(FairFinetuning.training_step(self, batch, batch_idx))
 
@@ -372,7 +371,8 @@ def resident_memory(name: str) -> int:
     """Peak bytes of a way's step in a process of its own, above what it held before."""
     command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--only", name, "--rounds", "1"]
     # So that what is freed is given back, and the resident memory tells what is held.
-    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = own | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     return json.loads(printed_by(command, environment).splitlines()[-1])
 
 

@@ -1,14 +1,16 @@
-"""Layers of a frozen network that keep less for the way back than PyTorch's, and compute the same.
+"""Layers of a frozen network that keep less for the backward pass than PyTorch's, and compute the same.
 
-A convolution y = W ∗ x + b needs x on its way back for the gradient of W alone, but PyTorch keeps x even where W is
-frozen. Of a normalisation that SiLU follows, y = silu(norm(x)), it keeps x and norm(x), of which x suffices: norm(x) is
-computed again. Of the decoder's activations, which are at full resolution, this leaves less than a third.
+A convolution y = W ∗ x + b needs x in its backward pass for the gradient of W alone, but PyTorch keeps x even where W
+is frozen. Of a normalisation that SiLU follows, y = silu(norm(x)), it keeps x and norm(x), of which x suffices: norm(x)
+is computed again. Of the decoder's activations, which are at full resolution, this leaves less than a third.
+Convolutions have first derivatives only.
 
 In the code x is `inputs`.
 
 References:
     Lowering PyTorch's Memory Consumption for Selective Differentiation (Bhatia and Dangel, 2024).
     https://arxiv.org/abs/2404.12406
+    Autodiff stores inputs of convolution layers with non-trainable weight. https://github.com/pytorch/pytorch/issues/133566
 """
 
 from typing import Any
@@ -24,7 +26,8 @@ class FrozenConv2d(nn.Conv2d):
     """A convolution that does not keep its inputs where its weight is frozen."""
 
     def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or not _frozen(inputs, weight, bias):
+        simple = inputs.ndim == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if not simple or not _frozen(inputs, weight, bias):
             return super()._conv_forward(inputs, weight, bias)
         return _Convolution.apply(inputs, weight, bias, (self.stride, self.padding, self.dilation, self.groups))
 
@@ -88,6 +91,6 @@ def join_activations(vae: nn.Module) -> None:
 
 
 def _frozen(inputs: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether the way back leads to the inputs alone."""
+    """Whether the backward pass leads to the inputs alone."""
     learned = any(parameter is not None and parameter.requires_grad for parameter in parameters)
     return torch.is_grad_enabled() and inputs.requires_grad and not learned

@@ -77,7 +77,7 @@ def of_training(module: FairFinetuning, data: PromptModule) -> str:
             f"of those of {share} in all steps, or lower {fewer}all activations; more GPUs do too) or "
             f"--model.sampler.steps (now {sampler.steps}; half of it halves those of the denoising network)"
         )
-    if sampler.decode_kept > sampler.decode_chunk:
+    if min(sampler.decode_kept, share) >= 2 * sampler.decode_chunk:
         decoding = f"--model.sampler.decode_kept (now {sampler.decode_kept}; half of it halves those of the decoder)"
     else:
         decoding = (

@@ -9,7 +9,8 @@ In the code z_T is `noise`, z_t is `latents`, ε_t is `prediction`, s is `guidan
 `torch.no_grad()` it only samples. Which steps carry gradient, and with what weight, is the business of
 `fairness_dft.gradients.GradientPath`. With `checkpoint` such a step keeps only its latent and is computed again in
 the backward pass, so memory grows with T by a latent, not by the activations of a U-Net: with detached latents by
-`fairness_dft.replay`, else step by step. Without it all activations are kept, which takes less time.
+`fairness_dft.replay`, else step by step. Without it all activations are kept, but for what `fairness_dft.frozen_layers`
+computes again in any case, which takes less time.
 
 References:
     Training Deep Nets with Sublinear Memory Cost (Chen et al., 2016). https://arxiv.org/abs/1604.06174
@@ -103,11 +104,11 @@ class Sampler:
             raise ValueError(f"`decode_chunk` must be at least 1, but got {decode_chunk}")
         if images_at_once is not None and images_at_once < 1:
             raise ValueError(f"`images_at_once` must be at least 1, but got {images_at_once}")
+        if decode_kept is not None and decode_kept < 0:
+            raise ValueError(f"`decode_kept` must be at least 0, but got {decode_kept}")
         self.steps = steps
         self.steps_max = steps if steps_max is None else steps_max
         self.guidance_scale = guidance_scale
-        if decode_kept is not None and decode_kept < 0:
-            raise ValueError(f"`decode_kept` must be at least 0, but got {decode_kept}")
         self.gradient = gradient or GradientPath.adjusted()
         self.checkpoint = checkpoint
         self.decode_chunk = decode_chunk
@@ -176,7 +177,7 @@ class Sampler:
     def in_chunks(self, function: Callable[[Tensor], Tensor], inputs: Tensor, kept: int = 0) -> Tensor:
         """Applies a frozen network, such as the decoder, to `decode_chunk` rows at a time.
 
-        Where activations are computed again (`checkpoint`), those of one chunk exist at a time.
+        Where activations are computed again (`checkpoint`), those of one chunk exist at a time, besides those kept.
 
         Args:
             function: A deterministic function that treats each row by itself.

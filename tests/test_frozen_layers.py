@@ -10,7 +10,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from tiny import build_tiny_pipeline
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
+from benchmarks.authors import layers_that_keep
 from fairness_dft.diffusion import StableDiffusion
 from fairness_dft.frozen_layers import FrozenConv2d, GroupNormSiLU, forget_inputs, join_activations
 
@@ -51,12 +53,23 @@ def frozen_convolution(**options) -> tuple[nn.Conv2d, nn.Conv2d]:
     return plain, ours
 
 
+LAYOUTS = torch.contiguous_format, torch.channels_last
+
+
 @pytest.mark.parametrize("options", CONVOLUTIONS)
-def test_a_frozen_convolution_is_pytorchs(options: dict) -> None:
-    plain, ours = frozen_convolution(**options)
-    inputs = torch.randn(2, 4, 9, 8, requires_grad=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_frozen_convolution_is_pytorchs(options: dict, layout: torch.memory_format, images: int) -> None:
+    plain, ours = (layer.to(memory_format=layout) for layer in frozen_convolution(**options))
+    inputs = torch.randn(images, 4, 9, 8).to(memory_format=layout).requires_grad_()
     assert_close(ours(inputs), plain(inputs))
     assert_close(gradient_of(ours(inputs), inputs), gradient_of(plain(inputs), inputs))
+
+
+def test_a_single_image_without_a_batch_is_convolved_too() -> None:
+    plain, ours = frozen_convolution(kernel_size=3)
+    image = torch.randn(4, 6, 6, requires_grad=True)
+    assert_close(gradient_of(ours(image), image), gradient_of(plain(image), image))
 
 
 def test_its_gradient_is_that_of_finite_differences() -> None:
@@ -95,7 +108,7 @@ def normalisation(**options) -> tuple[nn.Module, GroupNormSiLU]:
 
 
 @pytest.mark.parametrize("options", [{}, dict(affine=False), dict(eps=0.1)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_normalisation_with_its_activation_is_pytorchs(options: dict, layout: torch.memory_format) -> None:
     plain, ours = normalisation(**options)
     inputs = torch.randn(2, 4, 6, 5).to(memory_format=layout).requires_grad_()
@@ -159,10 +172,13 @@ def test_the_decoder_is_that_of_diffusers(decoders) -> None:
     latents = torch.randn(2, 4, 8, 8, requires_grad=True)
     images = [vae.decode(latents).sample for vae in decoders]
     assert_close(images[1], images[0])
-    assert_close(gradient_of(images[1], latents), gradient_of(images[0], latents))
+    expected = gradient_of(images[0], latents)
+    assert_close(gradient_of(images[1], latents), expected)
     assert_close(ours.encode(images[0]).latent_dist.mean, plain.encode(images[0]).latent_dist.mean)
     with torch.no_grad():
         assert_close(ours.decode(latents).sample, images[0])
+    again = checkpoint(lambda z: ours.decode(z).sample, latents, use_reentrant=False)
+    assert_close(gradient_of(again, latents), expected)
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
 
@@ -171,6 +187,21 @@ def test_the_decoder_keeps_less_than_two_fifths(decoders) -> None:
     latents = torch.randn(2, 4, 8, 8, requires_grad=True)
     plain, ours = (kept_by(lambda vae=vae: vae.decode(latents).sample)[1] for vae in decoders)
     assert 0.2 * plain < ours < 0.4 * plain
+
+
+def test_the_authors_networks_keep_what_pytorchs_do(decoders) -> None:
+    """The baseline of the benchmarks has nothing of this."""
+    plain, ours = decoders
+    latents = torch.randn(2, 4, 8, 8, requires_grad=True)
+    own = [type(module) for module in ours.modules()]
+    with pytest.raises(KeyError), layers_that_keep(ours):
+        (images, kept), (expected, kept_by_plain) = (
+            kept_by(lambda vae=vae: vae.decode(latents).sample) for vae in (ours, plain)
+        )
+        assert kept == kept_by_plain
+        assert_close(images, expected)
+        raise KeyError
+    assert [type(module) for module in ours.modules()] == own
 
 
 def test_another_activation_stays_as_it_is() -> None:
