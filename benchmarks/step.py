@@ -15,11 +15,10 @@ import gc
 import json
 import logging
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -215,38 +214,15 @@ def measured(function: Callable[[], None], device: torch.device) -> tuple[float,
         function()
         torch.cuda.synchronize()
         return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
-    with Resident() as resident:
-        start = time.perf_counter()
-        function()
-        seconds = time.perf_counter() - start
-    return seconds, resident.peak - resident.before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: man 5 proc
+    before, start = resident("VmRSS"), time.perf_counter()
+    function()
+    return time.perf_counter() - start, resident("VmHWM") - before
 
 
-class Resident(threading.Thread):
-    """Watches the resident memory of this process, in bytes, a hundred times a second."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.done = threading.Event()
-        self.before = self.peak = self.now()
-
-    @staticmethod
-    def now() -> int:
-        """What the process holds now."""
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    @override
-    def run(self) -> None:
-        while not self.done.wait(0.01):
-            self.peak = max(self.peak, self.now())
-
-    def __enter__(self) -> "Resident":
-        self.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.done.set()
-        self.join()
+def resident(name: str) -> int:
+    """Resident memory of this process in bytes: what it holds now (VmRSS), or the most it held (VmHWM)."""
+    return 1024 * int(re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 
 
 class OneBatch(LightningDataModule):
