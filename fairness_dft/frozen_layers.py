@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 
 class FrozenConv2d(nn.Conv2d):
     """A convolution that does not keep its inputs where its weight is frozen."""
 
+    @override
     def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         simple = inputs.ndim == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
         if not simple or not _frozen(inputs, weight, bias):
@@ -50,6 +52,7 @@ class _Convolution(torch.autograd.Function):
 class GroupNormSiLU(nn.GroupNorm):
     """A group normalisation and SiLU, of which only the inputs are kept."""
 
+    @override
     def forward(self, inputs: Tensor) -> Tensor:
         """Computes silu(norm(x)), of x with shape (B, C, ...)."""
         if not (torch.is_grad_enabled() and inputs.requires_grad):
