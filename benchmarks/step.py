@@ -146,7 +146,7 @@ class Comparison(FairFinetuning):
         if way.warm:
             self.original(batch, self.generator.noise(batch.seeds), self.sampler.steps)
         else:
-            self.originals.clear()
+            self.originals.known.clear()
         for parameter in self.trained():
             parameter.grad = None
 

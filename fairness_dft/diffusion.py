@@ -119,7 +119,7 @@ class TextToImage(nn.Module, ABC):
         Args:
             latents: As for `denoise`.
             timestep: As for `denoise`.
-            conditioning: The conditioning c, with shape (B, L, D), or (1, L, D) where all latents share it.
+            conditioning: As for `denoise`.
             unconditional: The conditioning of the empty prompt ∅, with the same shape.
             guidance_scale: The scale s.
 

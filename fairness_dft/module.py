@@ -38,10 +38,10 @@ from fairness_dft.losses import (
     semantics_loss,
 )
 from fairness_dft.metrics import class_bias, finite_sample_floor
-from fairness_dft.originals import Original, OriginalStore, content_of
+from fairness_dft.originals import Original, Originals, OriginalStore, content_of
 from fairness_dft.prompt_files import Prompt
 from fairness_dft.prompts import PromptBatch
-from fairness_dft.sampler import Sampler
+from fairness_dft.sampler import Sampler, Texts, encoded
 from fairness_dft.targets import PromptTargets, named
 from fairness_dft.transport import expected_joint_targets
 
@@ -103,8 +103,7 @@ class FairFinetuning(LightningModule):
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = schedule
         self.draws, self.seed = draws, seed
-        self.originals: dict[tuple[Any, ...], Original] = {}
-        self.originals_folder, self.original_store = originals_folder, None
+        self.originals_folder, self.originals = originals_folder, Originals()
         self.loaded = False
 
     @override
@@ -150,7 +149,7 @@ class FairFinetuning(LightningModule):
         if self.originals_folder:
             versions = __version__, *(version(name) for name in ("torch", "diffusers", "transformers"))
             settings = self.sampler.guidance_scale, str(self.trainer.precision), self.device.type, *versions
-            self.original_store = OriginalStore(Path(self.originals_folder), f"{self.frozen} {settings}")
+            self.originals.store = OriginalStore(Path(self.originals_folder), f"{self.frozen} {settings}")
         # Lightning warns of networks in evaluation mode; here they are frozen on purpose.
         warnings.filterwarnings("ignore", message="Found .* in eval mode")
         # And of a first step that was skipped, as the scaled loss of 16-mixed often makes it.
@@ -186,8 +185,8 @@ class FairFinetuning(LightningModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> STEP_OUTPUT:
         random = self.randomness()
         noise, steps = self.generator.noise(batch.seeds), self.draw_steps(batch, random)
-        original = self.original(batch, noise, steps)
-        images = self.sampler(self.generator, batch.prompt.text, noise, steps, random)
+        latents, original = self.sample(batch, noise, steps, random)
+        images = self.sampler.decode(self.generator, latents)
 
         looking = self.judge.begin(images)  # on the CPU, while a GPU embeds the images
         scales = torch.ones_like(images[:, :1])  # filled in below, once the faces are known
@@ -252,30 +251,47 @@ class FairFinetuning(LightningModule):
         with self.adapter.using(name):
             return sampler(self.generator, batch.prompt.text, noise, steps)
 
+    def read(self, name: Name, prompt: Prompt) -> Texts:
+        """What a model makes of a prompt, with a graph if it is the trained one."""
+        with torch.set_grad_enabled(name == "trained"), self.adapter.using(name):
+            return encoded(self.generator, prompt.text)
+
+    def sample(self, batch: PromptBatch, noise: Tensor, steps: int, random: torch.Generator) -> tuple[Tensor, Original]:
+        """Final latents of the trained model, with a graph, and what training needs to know of the original images.
+
+        Where that is not remembered the frozen model samples too: in the same calls of the denoising network if both
+        models have the same one, as they do where a text encoder or tokens learn.
+        """
+        apart = self.generator.denoiser_learns()
+        original = self.original(batch, noise, steps) if apart else self.originals.recall(batch, steps, noise.device)
+        frozen = [self.read("original", batch.prompt)] if original is None else []
+        texts = [self.read("trained", batch.prompt), *frozen]
+        latents, *others = self.sampler.sample(self.generator, texts, noise, steps, random)
+        if original is None:
+            original = self.look_at_original(batch, *others, steps)
+        return latents, original
+
     @torch.no_grad()
     def original(self, batch: PromptBatch, noise: Tensor, steps: int) -> Original:
-        """What training needs to know of the frozen model's images o, remembered where the same noise recurs."""
-        prompt, seeds = batch.prompt.text, batch.seeds.tolist()
-        key = (prompt, steps, *seeds)
-        if key in self.originals:
-            return self.originals[key].to(noise.device)
-        store = self.original_store if batch.recurs else None
-        original = store.read(prompt, seeds, steps, noise.device) if store else None
+        """What training needs to know of the frozen model's images o, sampled by themselves if it is not remembered."""
+        original = self.originals.recall(batch, steps, noise.device)
         if original is None:
-            original = self.look_at_original(batch, noise, steps)
-            if store:
-                store.write(prompt, seeds, steps, original)
-        if batch.recurs:
-            self.originals[key] = original.to(torch.device("cpu"))  # of a whole run they would fill a GPU
+            with self.adapter.using("original"):
+                texts = [encoded(self.generator, batch.prompt.text)]
+                latents = self.sampler.sample(self.generator, texts, noise, steps)
+            original = self.look_at_original(batch, *latents, steps)
         return original
 
-    def look_at_original(self, batch: PromptBatch, noise: Tensor, steps: int) -> Original:
-        """Sample the frozen model's images, and keep what training needs to know of them."""
-        images = self.generate("original", self.sampler, batch, noise, steps)
+    @torch.no_grad()
+    def look_at_original(self, batch: PromptBatch, latents: Tensor, steps: int) -> Original:
+        """Decode the frozen model's latents, and keep what training needs to know of the images."""
+        images = self.sampler.decode(self.generator, latents)
         looking = self.judge.begin(images)
         features = self.embed(images)
         verdict = looking()
-        return Original(verdict, features, self.embed_faces(images, verdict))
+        original = Original(verdict, features, self.embed_faces(images, verdict))
+        self.originals.remember(batch, steps, original)
+        return original
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """Embeddings by each feature network, with shapes (N, D)."""

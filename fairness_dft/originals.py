@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fairness_dft.classifiers import Verdict
 from fairness_dft.detectors import FaceDetector
+from fairness_dft.prompts import PromptBatch
 
 FORMAT = 1  # of a file; another one where what is remembered is computed in another way
 PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.Size)
@@ -134,6 +135,45 @@ class OriginalStore:
                 os.replace(draft, file)
         except (OSError, SafetensorError) as error:
             raise self.refusal(error) from None
+
+
+class Originals:
+    """What is remembered of originals, in memory for a run, and on disk for all runs if there is a store.
+
+    Attributes:
+        known: those met in this run, on the CPU, as they would fill a GPU.
+        store: those on disk.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, tuple[int, ...], int], Original] = {}
+        self.store: OriginalStore | None = None
+
+    def recall(self, batch: PromptBatch, steps: int, device: torch.device) -> Original | None:
+        """What is known of the images of this prompt, noise and number of steps; None if that is nothing."""
+        key = self.key(batch, steps)
+        if key not in self.known and self.store and batch.recurs:
+            original = self.store.read(*key, device)
+            if original is None:
+                return None
+            self.known[key] = original.to(torch.device("cpu"))
+        return self.known[key].to(device) if key in self.known else None
+
+    def remember(self, batch: PromptBatch, steps: int, original: Original) -> None:
+        """Keep what is known of these images, if the same noise recurs.
+
+        Raises:
+            ValueError: if the folder of the store cannot be written.
+        """
+        if not batch.recurs:
+            return
+        self.known[self.key(batch, steps)] = original.to(torch.device("cpu"))
+        if self.store:
+            self.store.write(*self.key(batch, steps), original)
+
+    def key(self, batch: PromptBatch, steps: int) -> tuple[str, tuple[int, ...], int]:
+        """What the images depend on, besides the networks."""
+        return batch.prompt.text, tuple(batch.seeds.tolist()), steps
 
 
 def content_of(*parts: Any) -> str:

@@ -1,8 +1,7 @@
 """What a run will take, from three measured steps: `python -m fairness_dft.fit --config ... --plan`.
 
-A step costs its sampling pass, the pass that samples the frozen model's images where they are not remembered yet, and
-the way back. The first is always there, the second only the first time that a prompt meets a set of noises, so the two
-are measured apart, and every other number follows from counting.
+A step costs more the first time that a prompt meets a set of noises, when the frozen model's images are sampled too. So
+steps of either kind are measured in turns, and every other number follows from counting.
 """
 
 import resource
@@ -21,6 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fairness_dft.module import FairFinetuning
+from fairness_dft.originals import Original, Originals
 from fairness_dft.prompts import PromptBatch, PromptModule
 
 MEASURED = 3
@@ -36,29 +36,47 @@ SETTINGS = [
 ]
 
 
+class LastOriginal(Originals):
+    """Remembers what was met last, and lets a step have it if it is to be measured with its originals known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Original | None = None
+        self.known_now = False
+
+    @override
+    def recall(self, batch: PromptBatch, steps: int, device: torch.device) -> Original | None:
+        return self.last if self.known_now else None
+
+    @override
+    def remember(self, batch: PromptBatch, steps: int, original: Original) -> None:
+        self.last = original
+
+
 @dataclass
 class Stopwatch(Callback):
-    """Times whole training steps, and what they are made of, on one process.
+    """Times whole training steps, on one process; the first of either kind only warms up.
 
     Attributes:
-        steps: seconds of each step, in which the frozen model's images were sampled too; the first only warms up.
-        originals: seconds of that alone, sampled again.
+        cold: seconds of each step in which the frozen model's images were sampled too.
+        warm: seconds of each step that knew what it needs of them.
         looks: seconds to sample and look at one image of a test or validation.
         original_bytes: what is remembered of one image, in memory.
         file_bytes: what its file would take on disk, in blocks of 4 KiB.
     """
 
-    steps: list[float] = field(default_factory=list)
-    originals: list[float] = field(default_factory=list)
+    cold: list[float] = field(default_factory=list)
+    warm: list[float] = field(default_factory=list)
     looks: list[float] = field(default_factory=list)
     original_bytes: int = 0
     file_bytes: int = 0
     started: float = 0.0
+    originals: LastOriginal = field(default_factory=LastOriginal)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: FairFinetuning, *args: Any) -> None:
-        pl_module.originals.clear()
-        pl_module.original_store = None  # neither read, as every step is to sample its own, nor written
+        self.originals.known_now = len(self.cold) > len(self.warm)
+        pl_module.originals = self.originals  # a folder is neither read nor written
         finish(pl_module)
         self.started = time.perf_counter()
 
@@ -67,15 +85,13 @@ class Stopwatch(Callback):
         self, trainer: Trainer, pl_module: FairFinetuning, outputs: Any, batch: PromptBatch, *args: Any
     ) -> None:
         finish(pl_module)
-        self.steps.append(time.perf_counter() - self.started)
-        noise, steps = pl_module.generator.noise(batch.seeds), pl_module.draw_steps(batch, pl_module.randomness())
+        kind = self.warm if self.originals.known_now else self.cold
+        kind.append(time.perf_counter() - self.started)
+        noise = pl_module.generator.noise(batch.seeds)
         few = noise[: pl_module.evaluation_sampler.images_at_once or len(noise)]
         with trainer.precision_plugin.forward_context():
-            took, original = timed(lambda: pl_module.look_at_original(batch, noise, steps), pl_module)
-            self.originals.append(took)
-            took, _ = timed(lambda: self.look(pl_module, batch, few), pl_module)
-        self.looks.append(took / len(few))
-        tensors = original.tensors()
+            self.looks.append(timed(lambda: self.look(pl_module, batch, few), pl_module) / len(few))
+        tensors = self.originals.last.tensors()
         self.original_bytes = sum(values.nbytes for values in tensors.values()) // len(noise)
         file = len(save({name: values[0].cpu().clone() for name, values in tensors.items()}))
         self.file_bytes = -(-file // BLOCK) * BLOCK
@@ -96,14 +112,13 @@ def finish(module: LightningModule) -> None:
         torch.cuda.synchronize(module.device)
 
 
-def timed(function: Callable[[], Any], module: LightningModule) -> tuple[float, Any]:
-    """Seconds that a call took, and what it returned."""
+def timed(function: Callable[[], None], module: LightningModule) -> float:
+    """Seconds that a call took."""
     finish(module)
     started = time.perf_counter()
-    with torch.no_grad():
-        found = function()
+    function()
     finish(module)
-    return time.perf_counter() - started, found
+    return time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -165,7 +180,7 @@ def limited(batches: int, limit: int | float) -> int:
 
 
 def print_plan(trainer: Trainer, settings: dict[str, Any], module: FairFinetuning, data: PromptModule) -> None:
-    """Measure three steps, print what the whole run will take, and write nothing.
+    """Measure some steps, print what the whole run will take, and write nothing.
 
     Args:
         trainer: of the run.
@@ -179,7 +194,7 @@ def print_plan(trainer: Trainer, settings: dict[str, Any], module: FairFinetunin
     stopwatch = Stopwatch()
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     settings = {name: settings[name] for name in SETTINGS}
-    few = Trainer(**settings, **off, max_steps=MEASURED + 1, limit_val_batches=0, callbacks=[stopwatch])
+    few = Trainer(**settings, **off, max_steps=2 * (MEASURED + 1), limit_val_batches=0, callbacks=[stopwatch])
     few.fit(module, data)
     todo = plan(trainer, data)
     if few.is_global_zero:
@@ -188,19 +203,17 @@ def print_plan(trainer: Trainer, settings: dict[str, Any], module: FairFinetunin
 
 def show(todo: Plan, measured: Stopwatch, trainer: Trainer) -> None:
     """Print the plan and what it will take."""
-    cold, original, look = (
-        sum(values[-MEASURED:]) / MEASURED for values in (measured.steps, measured.originals, measured.looks)
-    )
-    training = todo.batches * (cold - original) + todo.sets * original
+    cold, warm, look = (sum(values[-MEASURED:]) / MEASURED for values in (measured.cold, measured.warm, measured.looks))
+    training = todo.sets * cold + (todo.batches - todo.sets) * warm
     looks = look / trainer.world_size
     kept, on_disk = (todo.sets * todo.images * each for each in (measured.original_bytes, measured.file_bytes))
     if trainer.strategy.root_device.type == "cuda":
         memory, where = torch.cuda.max_memory_allocated(), "on each GPU"
     else:
         memory, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "of this process"
-    table = Table("", "how much", "time", title=f"Plan, from {MEASURED} measured steps")
+    table = Table("", "how much", "time", title=f"Plan, from {MEASURED} measured steps of either kind")
     table.add_row("one step", f"{todo.images} images", duration(cold))
-    table.add_row("  of it the frozen model's", "where not remembered", duration(original))
+    table.add_row("  where the frozen model's are remembered", "", duration(warm))
     table.add_row("training", f"{todo.steps} steps, {todo.batches * todo.images} images", duration(training))
     table.add_row("  remembered of the frozen model", f"{todo.sets * todo.images} images, {size(kept)}", "")
     table.add_row("    as files, where there is a folder for them", size(on_disk), "")

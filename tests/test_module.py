@@ -13,6 +13,7 @@ from miniature import PORTRAITS, finetuning, prompts, trainer
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
+from fairness_dft.adapters import TextEncoderLoRA, UNetLoRA
 from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import ImageClassifier, Judge, Verdict
 from fairness_dft.detectors import FaceDetector, InsightFace
@@ -20,7 +21,8 @@ from fairness_dft.faces import DetectedFaces, WholeFrame
 from fairness_dft.features import NETWORK, Clip, FaceEmbedding, FaceRealism
 from fairness_dft.losses import Alignment
 from fairness_dft.metrics import class_bias
-from fairness_dft.module import Original
+from fairness_dft.module import FairFinetuning, Original
+from fairness_dft.prompt_prefix import PromptPrefix
 from fairness_dft.sampler import Sampler
 from fairness_dft.transport import expected_joint_targets, expected_targets
 
@@ -227,16 +229,46 @@ def test_originals_are_remembered_where_their_noise_recurs_and_change_nothing(mo
     record(monkeypatch, module, {})
     move(module, 0.3)
     monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
-    sampled = []
-    generate = module.generate
-    monkeypatch.setattr(module, "generate", lambda *inputs: sampled.append(inputs[0]) or generate(*inputs))
+    looked, look = [], module.look_at_original
+    monkeypatch.setattr(module, "look_at_original", lambda *inputs: looked.append(1) or look(*inputs))
     first, second = list(prompts(noise_pool=1).train_dataloader())[:2]
     assert first.recurs and first.prompt != second.prompt
     losses = [module.training_step(batch, 0).item() for batch in (first, second, first)]
-    assert losses[0] == losses[2] != losses[1] and sampled == ["original"] * 2
+    assert losses[0] == losses[2] != losses[1] and len(looked) == 2
     module.training_step(replace(first, noise_set=None, seeds=first.seeds + 1), 0)
     module.training_step(replace(first, noise_set=None, seeds=first.seeds + 1), 0)
-    assert len(sampled) == 4 and len(module.originals) == 2
+    assert len(looked) == 4 and len(module.originals.known) == 2
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("adapter", [TextEncoderLoRA, UNetLoRA, PromptPrefix])
+def test_originals_are_sampled_in_the_same_calls_if_the_denoising_network_is_the_same(adapter, checkpoint, monkeypatch):
+    """A step that samples them and one that remembers them have the same gradient."""
+    monkeypatch.setattr(FairFinetuning, "trainer", OneProcess())
+    module = finetuning(adapter=adapter(), sampler=Sampler(steps=3, guidance_scale=2.0, checkpoint=checkpoint))
+    module.configure_model()
+    record(monkeypatch, module, {})
+    move(module, 0.1)
+    monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
+    rows, denoise = [], module.generator.denoise
+    monkeypatch.setattr(module.generator, "denoise", lambda z, *rest: rows.append(len(z)) or denoise(z, *rest))
+    batch, gradients, sampled = next(iter(prompts(noise_pool=1).train_dataloader())), [], []
+    for _ in range(2):
+        rows.clear()
+        loss = module.training_step(batch, 0)
+        sampled.append(list(rows))
+        gradients.append(torch.autograd.grad(loss, module.adapter.parameters()))
+    images = len(batch.seeds)
+    assert sampled[1] == [2 * images] * 3
+    if adapter is UNetLoRA:
+        assert sampled[0] == [2 * images] * 6
+    elif checkpoint:
+        assert sampled[0] == [4 * images] * 3
+    else:
+        assert sampled[0] == [2 * images] * 6  # of the two, one call has a graph
+    for cold, warm in zip(*gradients, strict=True):
+        assert warm.any()
+        torch.testing.assert_close(cold, warm, rtol=1e-4, atol=1e-6)
 
 
 def test_a_batch_without_any_face_trains_on_semantics_alone(module, monkeypatch):
@@ -380,7 +412,7 @@ def test_remembered_originals_keep_their_faces(realism_files, monkeypatch):
         record(monkeypatch, module, logged)
         gradients = torch.autograd.grad(module.training_step(batch, 0), module.adapter.parameters())
         results.append((logged, gradients))
-    [original] = module.originals.values()
+    [original] = module.originals.known.values()
     assert original.faces.shape == (8, 8) and not original.faces.requires_grad
     assert results[1][0] == pytest.approx(results[0][0]) and results[0][0]["loss/face"] > 0
     for again, first in zip(*(result[1] for result in results), strict=True):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fairness_dft.adapters import TextEncoderLoRA
 from fairness_dft.diffusion import StableDiffusion, TextToImage
 from fairness_dft.gradients import GradientPath, solver_coefficients
-from fairness_dft.sampler import Sampler
+from fairness_dft.sampler import Sampler, encoded, rows_for
 
 STEPS = 4
 PATHS = [
@@ -225,6 +225,45 @@ def test_some_images_at_a_time_are_those_of_all(toy: Toy, scheduler: str, monkey
             assert sizes == [2, 2, 1] * 3
             assert_close(parts, whole)
             assert parts.requires_grad == gradients
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_texts_sampled_together_are_those_sampled_one_after_the_other(
+    toy: Toy, path: GradientPath, scheduler: str, monkeypatch
+) -> None:
+    toy.scheduler = getattr(diffusers, scheduler)()
+    sizes, denoise = [], toy.denoise
+    monkeypatch.setattr(toy, "denoise", lambda latents, *rest: sizes.append(len(latents)) or denoise(latents, *rest))
+    prompts = ["a chef", "a nurse at work", "a judge"]
+    for texts in ([[text] for text in prompts], [prompts, prompts[::-1]]):
+        for checkpoint, at_once in ((False, None), (True, None), (False, 2), (True, 4)):
+            sampler = Sampler(STEPS, guidance_scale=2.0, gradient=path, checkpoint=checkpoint, images_at_once=at_once)
+            draws = [torch.Generator().manual_seed(3) for _ in range(2)]
+            expected = sampler(toy, texts[0], toy_noise(), generator=draws[0])
+            first, *others = sampler.sample(toy, [encoded(toy, text) for text in texts], toy_noise(), None, draws[1])
+            assert_close(sampler.decode(toy, first), expected)
+            for latents, text in zip(others, texts[1:], strict=True):
+                assert not latents.requires_grad
+                with torch.no_grad():
+                    assert_close(toy.decode(latents), sampler(toy, text, toy_noise()))
+            gradients = [toy_loss(images) for images in (expected, sampler.decode(toy, first))]
+            gradients = [torch.autograd.grad(loss, toy.theta)[0] for loss in gradients]
+            assert_close(gradients[1], gradients[0])
+            sizes.clear()
+            with torch.no_grad():
+                sampler.sample(toy, [encoded(toy, text) for text in texts], toy_noise())
+            images = 3 * len(texts)
+            parts = -(-images // (at_once or images))
+            assert len(sizes) == STEPS * parts and max(sizes) == 2 * (at_once or images)
+
+
+@pytest.mark.parametrize(("start", "stop", "rows"), [(0, 3, 1), (4, 6, 1), (0, 6, 2), (3, 9, 2), (2, 4, 2), (1, 9, 8)])
+def test_images_share_rows_of_a_conditioning_if_they_fit(start: int, stop: int, rows: int) -> None:
+    conditioning = torch.arange(3.0).view(3, 1, 1)
+    found = rows_for(conditioning, 9, start, stop)
+    assert len(found) == rows
+    assert found.repeat_interleave((stop - start) // rows, 0).flatten().tolist() == [i // 3 for i in range(start, stop)]
 
 
 def test_guidance_scale_one_calls_the_network_with_one_batch(toy: Toy, monkeypatch) -> None:
