@@ -316,7 +316,7 @@ class StableDiffusion(TextToImage):
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Tensor) -> Tensor:
         if len(latents) % len(conditioning):
             raise ValueError(f"{len(conditioning)} rows of `conditioning` cannot serve {len(latents)} latents alike")
-        dtype = self.unet.dtype
+        dtype = _dtype(self.unet)
         with _own_precision(self.unet):
             prediction = self.unet(latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype)).sample
         # The recursion of the scheduler stays in the precision of the latents.
@@ -329,7 +329,7 @@ class StableDiffusion(TextToImage):
     @override
     def decode(self, latents: Tensor) -> Tensor:
         with _own_precision(self.vae):
-            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            images = self.vae.decode(latents.to(_dtype(self.vae)) / self.vae.config.scaling_factor).sample
         return (images.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
 
@@ -339,9 +339,14 @@ def _own_precision(network: Any) -> AbstractContextManager:
     Autocast would change its tensors to single precision and back around each normalisation, which takes time and
     memory and gains nothing where weights are rounded already. Learned weights, which are in single precision, need it.
     """
-    if _learns(network) or network.dtype not in (torch.float16, torch.bfloat16):
+    if _dtype(network) not in (torch.float16, torch.bfloat16) or _learns(network):
         return nullcontext()
     return torch.autocast(network.device.type, enabled=False)
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    """Of its weights; diffusers' `dtype` asks every module before it looks at one, each time."""
+    return next(network.parameters()).dtype
 
 
 def _learns(network: nn.Module) -> bool:

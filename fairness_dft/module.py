@@ -251,11 +251,6 @@ class FairFinetuning(LightningModule):
         with self.adapter.using(name):
             return sampler(self.generator, batch.prompt.text, noise, steps)
 
-    def read(self, name: Name, prompt: Prompt) -> Texts:
-        """What a model makes of a prompt, with a graph if it is the trained one."""
-        with torch.set_grad_enabled(name == "trained"), self.adapter.using(name):
-            return encoded(self.generator, prompt.text)
-
     def sample(self, batch: PromptBatch, noise: Tensor, steps: int, random: torch.Generator) -> tuple[Tensor, Original]:
         """Final latents of the trained model, with a graph, and what training needs to know of the original images.
 
@@ -264,8 +259,11 @@ class FairFinetuning(LightningModule):
         """
         apart = self.generator.denoiser_learns()
         original = self.original(batch, noise, steps) if apart else self.originals.recall(batch, steps, noise.device)
-        frozen = [self.read("original", batch.prompt)] if original is None else []
-        texts = [self.read("trained", batch.prompt), *frozen]
+        frozen: list[Texts] = []
+        if original is None:
+            with torch.no_grad(), self.adapter.using("original"):
+                frozen = [encoded(self.generator, batch.prompt.text)]
+        texts = [encoded(self.generator, batch.prompt.text), *frozen]
         latents, *others = self.sampler.sample(self.generator, texts, noise, steps, random)
         if original is None:
             original = self.look_at_original(batch, *others, steps)

@@ -64,7 +64,8 @@ def rows_for(conditioning: Tensor, images: int, start: int, stop: int) -> Tensor
     """Rows of a conditioning of so many images for those from `start` to `stop`: shared ones, if they fit."""
     each = images // len(conditioning)
     first, last = start // each, (stop - 1) // each
-    if first == last or not (start % each or stop % each):
+    served = {min(stop, (row + 1) * each) - max(start, row * each) for row in range(first, last + 1)}
+    if len(served) == 1:
         return conditioning[first : last + 1]
     return conditioning.repeat_interleave(each, 0)[start:stop]
 
@@ -104,7 +105,7 @@ class Sampler:
         decode_chunk: The number of images that the decoder, or a feature network, works on at a time.
         decode_kept: With `checkpoint`, how many images' activations in the decoder are kept, in whole chunks, and not
             computed again; `decode_chunk` by default, as those of a chunk exist anyway in the backward pass.
-        images_at_once: The number of images that the denoising network works on at a time; all by default. With
+        images_at_once: How many images the denoising network works on at a time at most; all by default. With
             `checkpoint` and detached latents it is also how many rows, of one image at one step in one branch of
             guidance, are computed again at a time.
 
@@ -276,12 +277,12 @@ class Sampler:
             latents = latents.detach()
         guided = model.guided if scale is None else self._wrap(model.guided)
         both = list(map(torch.cat, zip(*texts, strict=True)))
-        found, size = [], self.images_at_once or total
+        parts, found, start = -(-total // (self.images_at_once or total)), [], 0
         with torch.set_grad_enabled(scale is not None):
-            for start in range(0, total, size):
-                stop = min(start + size, total)
-                rows = (rows_for(tensor, total, start, stop) for tensor in both)
-                found.append(guided(latents[start:stop], timestep, *rows, self.guidance_scale))
+            for part in latents.tensor_split(parts):
+                rows = (rows_for(tensor, total, start, start + len(part)) for tensor in both)
+                found.append(guided(part, timestep, *rows, self.guidance_scale))
+                start += len(part)
         prediction = torch.cat(found)
         return prediction if scale is None else scale_gradient(prediction, scale)
 
