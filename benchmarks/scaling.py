@@ -32,7 +32,7 @@ from rich.table import Table
 from scipy.optimize import nnls
 
 from benchmarks.networks import Scale
-from benchmarks.step import Way, add_options, add_sizes, machine, measure, printed_by, scale_of
+from benchmarks.step import Way, add_options, add_sizes, machine, measure, of_micro_batches, printed_by, scale_of
 from fairness_dft.gradients import GradientPath
 from fairness_dft.sampler import Sampler
 
@@ -95,10 +95,7 @@ def take(setting: Setting, options: argparse.Namespace) -> dict[str, tuple[float
     scale = replace(scale_of(options), images=setting.images, steps=setting.steps, resolution=setting.resolution)
     every = setting.count == setting.steps
     path = GradientPath() if every else GradientPath(steps="random", count=setting.count)
-    sampler = Sampler(
-        scale.steps, guidance_scale=scale.guidance_scale, gradient=path, decode_chunk=max(1, scale.micro_batch // 2),
-        images_at_once=scale.micro_batch,
-    )  # fmt: skip
+    sampler = Sampler(gradient=path, **of_micro_batches(scale))
     taken = {"warm": Way(sampler, warm=True), "cold": Way(sampler)}
     measure(scale, taken, options, setting.processes)
     return {name: (statistics.median(way.seconds), way.memory) for name, way in taken.items()}

@@ -80,11 +80,7 @@ class Way:
 def ways(scale: Scale) -> dict[str, Way]:
     """All ways that are compared, the authors' first."""
     found = {"authors": Way()}
-    shared = dict(steps=scale.steps, guidance_scale=scale.guidance_scale)
-    # Activations of as many images of the decoder at a time as the authors' micro-batch has, of half of them in a call.
-    # What that saves is spent on the denoising network: three rows for each image, where theirs is two branches.
-    shared |= dict(decode_chunk=-(-scale.micro_batch // 2), decode_kept=scale.micro_batch)
-    shared |= dict(images_at_once=3 * scale.micro_batch)
+    shared = of_micro_batches(scale)
     kept = dict(checkpoint=False, decode_chunk=scale.micro_batch)
     exact, quarter = GradientPath(weights="authors"), max(1, scale.steps // 4)
     some = {count: GradientPath(weights="authors", steps="random", count=count) for count in sorted({1, quarter})}
@@ -101,6 +97,16 @@ def ways(scale: Scale) -> dict[str, Way]:
             sampler = Sampler(**{"gradient": exact} | shared | own)
             found[f"{name}, {'warm' if warm else 'cold'}"] = Way(sampler, warm)
     return found
+
+
+def of_micro_batches(scale: Scale) -> dict[str, int | float]:
+    """Settings of our sampler that take about the memory of the authors' micro-batches in decoder and features.
+
+    The decoder's activations are kept of as many images at a time as their micro-batch has, in calls of half of them.
+    What that saves is spent on the denoising network: three rows for each image, where theirs is two branches.
+    """
+    sampling = dict(steps=scale.steps, guidance_scale=scale.guidance_scale, images_at_once=3 * scale.micro_batch)
+    return sampling | dict(decode_chunk=-(-scale.micro_batch // 2), decode_kept=scale.micro_batch)
 
 
 class Comparison(FairFinetuning):
