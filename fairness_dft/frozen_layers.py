@@ -2,8 +2,8 @@
 
 A convolution y = W ∗ x + b needs x in its backward pass for the gradient of W alone, but PyTorch keeps x even where W
 is frozen. Of a normalisation that SiLU follows, y = silu(norm(x)), it keeps x and norm(x), of which x suffices: norm(x)
-is computed again. Of the decoder's activations, which are at full resolution, this leaves less than a third.
-Convolutions have first derivatives only.
+is computed again, but within `keeping_activations`. Of the decoder's activations, which are at full resolution, this
+leaves less than a third. Convolutions have first derivatives only.
 
 In the code x is `inputs`.
 
@@ -13,6 +13,9 @@ References:
     Autodiff stores inputs of convolution layers with non-trainable weight. https://github.com/pytorch/pytorch/issues/133566
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -49,13 +52,26 @@ class _Convolution(torch.autograd.Function):
         return nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.settings), None, None, None
 
 
+_KEEPING: ContextVar[bool] = ContextVar("keeping", default=False)
+
+
+@contextmanager
+def keeping_activations() -> Iterator[None]:
+    """Within, layers keep whatever saves them a computation in the backward pass; it counts where they are called."""
+    token = _KEEPING.set(True)
+    try:
+        yield
+    finally:
+        _KEEPING.reset(token)
+
+
 class GroupNormSiLU(nn.GroupNorm):
     """A group normalisation and SiLU, of which only the inputs are kept."""
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
         """Computes silu(norm(x)), of x with shape (B, C, ...)."""
-        if not (torch.is_grad_enabled() and inputs.requires_grad):
+        if _KEEPING.get() or not (torch.is_grad_enabled() and inputs.requires_grad):
             return self.both(inputs)
         return checkpoint(self.both, inputs, use_reentrant=False, preserve_rng_state=False)
 

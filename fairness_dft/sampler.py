@@ -9,8 +9,7 @@ In the code z_T is `noise`, z_t is `latents`, ε_t is `prediction`, s is `guidan
 `torch.no_grad()` it only samples. Which steps carry gradient, and with what weight, is the business of
 `fairness_dft.gradients.GradientPath`. With `checkpoint` such a step keeps only its latent and is computed again in
 the backward pass, so memory grows with T by a latent, not by the activations of a U-Net: with detached latents by
-`fairness_dft.replay`, else step by step. Without it all activations are kept, but for what `fairness_dft.frozen_layers`
-computes again in any case, which takes less time.
+`fairness_dft.replay`, else step by step. Without it all activations are kept, which takes less time.
 
 References:
     Training Deep Nets with Sublinear Memory Cost (Chen et al., 2016). https://arxiv.org/abs/1604.06174
@@ -20,6 +19,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from typing_extensions import final
 
 from fairness_dft.diffusion import TextToImage
+from fairness_dft.frozen_layers import keeping_activations
 from fairness_dft.gradients import GradientPath, scale_gradient
 from fairness_dft.replay import Call, replayed
 
@@ -227,7 +228,8 @@ class Sampler:
 
     def decode(self, model: TextToImage, latents: Tensor) -> Tensor:
         """Decodes final latents z_0, with shape (n, C, h, w), to images x, with shape (n, 3, H, W), in [0, 1]."""
-        return self.in_chunks(model.decode, latents, self.decode_kept)
+        with nullcontext() if self.checkpoint else keeping_activations():
+            return self.in_chunks(model.decode, latents, self.decode_kept)
 
     def in_chunks(self, function: Callable[[Tensor], Tensor], inputs: Tensor, kept: int = 0) -> Tensor:
         """Applies a frozen network, such as the decoder, to `decode_chunk` rows at a time.

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.authors import layers_that_keep
 from fairness_dft.diffusion import StableDiffusion
-from fairness_dft.frozen_layers import FrozenConv2d, GroupNormSiLU, forget_inputs, join_activations
+from fairness_dft.frozen_layers import FrozenConv2d, GroupNormSiLU, forget_inputs, join_activations, keeping_activations
+from fairness_dft.sampler import Sampler
 
 CONVOLUTIONS = (
     dict(kernel_size=3, padding=1),
@@ -124,6 +125,15 @@ def test_of_a_normalisation_only_the_inputs_are_kept() -> None:
     assert kept_by(lambda: ours(inputs))[1] == inputs.nbytes
 
 
+def test_where_activations_are_kept_a_normalisation_keeps_what_pytorchs_does() -> None:
+    plain, ours = normalisation()
+    inputs = torch.randn(2, 4, 8, 8, requires_grad=True)
+    with keeping_activations():
+        outputs, size = kept_by(lambda: ours(inputs))
+    assert size == kept_by(lambda: plain(inputs))[1] > kept_by(lambda: ours(inputs))[1]
+    assert_close(gradient_of(outputs, inputs), gradient_of(plain(inputs), inputs))
+
+
 def test_its_gradient_is_that_of_finite_differences_too() -> None:
     _, ours = normalisation()
     assert torch.autograd.gradcheck(ours.double(), torch.randn(1, 4, 3, 3, dtype=torch.double, requires_grad=True))
@@ -231,3 +241,12 @@ def test_the_networks_of_a_model_keep_less(tmp_path: Path) -> None:
         )
     ]
     assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sampler_that_computes_nothing_again_keeps_the_decoders_activations(tmp_path: Path) -> None:
+    model = StableDiffusion(str(build_tiny_pipeline(tmp_path)))
+    model.load()
+    latents = torch.randn(2, *model.latent_shape, requires_grad=True)
+    kept, less = (kept_by(lambda s=s: s.decode(model, latents)) for s in (Sampler(checkpoint=False), Sampler()))
+    assert less[1] < 0.7 * kept[1]
+    assert_close(gradient_of(less[0], latents), gradient_of(kept[0], latents))
