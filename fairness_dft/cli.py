@@ -153,7 +153,7 @@ class FairnessCLI(OneLineCLI):
         parser.add_argument("--output", type=str, default="runs", help="Folder that receives all runs.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume from.")
         parser.add_argument(
-            "--plan", action="store_true", help="Measure three steps, print what a fit takes, and stop."
+            "--plan", action="store_true", help="Measure a few steps, print what a fit takes, and stop."
         )
 
     @override

@@ -341,11 +341,11 @@ def _own_precision(network: Any) -> AbstractContextManager:
     """
     if _dtype(network) not in (torch.float16, torch.bfloat16) or _learns(network):
         return nullcontext()
-    return torch.autocast(network.device.type, enabled=False)
+    return torch.autocast(next(network.parameters()).device.type, enabled=False)
 
 
 def _dtype(network: nn.Module) -> torch.dtype:
-    """Of its weights; diffusers' `dtype` asks every module before it looks at one, each time."""
+    """The data type of its weights, without a walk through all modules, which diffusers' own `dtype` takes."""
     return next(network.parameters()).dtype
 
 

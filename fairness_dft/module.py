@@ -254,8 +254,8 @@ class FairFinetuning(LightningModule):
     def sample(self, batch: PromptBatch, noise: Tensor, steps: int, random: torch.Generator) -> tuple[Tensor, Original]:
         """Final latents of the trained model, with a graph, and what training needs to know of the original images.
 
-        Where that is not remembered the frozen model samples too: in the same calls of the denoising network if both
-        models have the same one, as they do where a text encoder or tokens learn.
+        Where that is not remembered the frozen model samples too: in the same calls of the denoising network, but for
+        those with a graph, if both models have the same one, as they have where a text encoder or tokens learn.
         """
         apart = self.generator.denoiser_learns()
         original = self.original(batch, noise, steps) if apart else self.originals.recall(batch, steps, noise.device)
@@ -283,7 +283,8 @@ class FairFinetuning(LightningModule):
     @torch.no_grad()
     def look_at_original(self, batch: PromptBatch, latents: Tensor, steps: int) -> Original:
         """Decode the frozen model's latents, and keep what training needs to know of the images."""
-        images = self.sampler.decode(self.generator, latents)
+        with self.adapter.using("original"):
+            images = self.sampler.decode(self.generator, latents)
         looking = self.judge.begin(images)
         features = self.embed(images)
         verdict = looking()

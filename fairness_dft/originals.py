@@ -152,12 +152,12 @@ class Originals:
     def recall(self, batch: PromptBatch, steps: int, device: torch.device) -> Original | None:
         """What is known of the images of this prompt, noise and number of steps; None if that is nothing."""
         key = self.key(batch, steps)
-        if key not in self.known and self.store and batch.recurs:
-            original = self.store.read(*key, device)
-            if original is None:
-                return None
-            self.known[key] = original.to(torch.device("cpu"))
-        return self.known[key].to(device) if key in self.known else None
+        original = self.known.get(key)
+        if original is None and self.store and batch.recurs:
+            original = self.store.read(*key, torch.device("cpu"))
+            if original is not None:
+                self.known[key] = original
+        return None if original is None else original.to(device)
 
     def remember(self, batch: PromptBatch, steps: int, original: Original) -> None:
         """Keep what is known of these images, if the same noise recurs.
@@ -167,9 +167,10 @@ class Originals:
         """
         if not batch.recurs:
             return
-        self.known[self.key(batch, steps)] = original.to(torch.device("cpu"))
+        key = self.key(batch, steps)
+        self.known[key] = original.to(torch.device("cpu"))
         if self.store:
-            self.store.write(*self.key(batch, steps), original)
+            self.store.write(*key, self.known[key])
 
     def key(self, batch: PromptBatch, steps: int) -> tuple[str, tuple[int, ...], int]:
         """What the images depend on, besides the networks."""

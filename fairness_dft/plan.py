@@ -1,4 +1,4 @@
-"""What a run will take, from three measured steps: `python -m fairness_dft.fit --config ... --plan`.
+"""What a run will take, from a few measured steps: `python -m fairness_dft.fit --config ... --plan`.
 
 A step costs more the first time that a prompt meets a set of noises, when the frozen model's images are sampled too. So
 steps of either kind are measured in turns, and every other number follows from counting.
@@ -63,6 +63,7 @@ class Stopwatch(Callback):
         looks: seconds to sample and look at one image of a test or validation.
         original_bytes: what is remembered of one image, in memory.
         file_bytes: what its file would take on disk, in blocks of 4 KiB.
+        originals: what the steps find remembered.
     """
 
     cold: list[float] = field(default_factory=list)
@@ -85,8 +86,11 @@ class Stopwatch(Callback):
         self, trainer: Trainer, pl_module: FairFinetuning, outputs: Any, batch: PromptBatch, *args: Any
     ) -> None:
         finish(pl_module)
-        kind = self.warm if self.originals.known_now else self.cold
-        kind.append(time.perf_counter() - self.started)
+        seconds = time.perf_counter() - self.started
+        if self.originals.known_now:
+            self.warm.append(seconds)
+            return
+        self.cold.append(seconds)
         noise = pl_module.generator.noise(batch.seeds)
         few = noise[: pl_module.evaluation_sampler.images_at_once or len(noise)]
         with trainer.precision_plugin.forward_context():
@@ -191,7 +195,8 @@ def print_plan(trainer: Trainer, settings: dict[str, Any], module: FairFinetunin
     Raises:
         ValueError: if the run has no end.
     """
-    stopwatch = Stopwatch()
+    stopwatch, sampler = Stopwatch(), module.sampler
+    sampler.steps = sampler.steps_max = (sampler.steps + sampler.steps_max) // 2  # so that steps can be compared
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     settings = {name: settings[name] for name in SETTINGS}
     few = Trainer(**settings, **off, max_steps=2 * (MEASURED + 1), limit_val_batches=0, callbacks=[stopwatch])

@@ -59,7 +59,8 @@ def replayed(
         latents: The sampled latents z_0, with shape (n, C, h, w), without a graph.
         calls: The network calls that carry gradient.
         model: The model that was called.
-        conditioning: The conditioning c, with shape (n, L, D), or (1, L, D) where all images share it.
+        conditioning: The conditioning c, with shape (P, L, D), where P divides n: then the first n / P images share the
+            first row, and so on.
         unconditional: The conditioning of the empty prompt, with the same shape.
         guidance_scale: The scale s.
         rows: How many rows the network works on at a time.
@@ -111,12 +112,13 @@ class WayBack:
         weights = torch.tensor([[call.weight * scale for scale in scales] for call in self.calls], dtype=torch.double)
         weights = weights.view(-1, 2, *[1] * (gradient.ndim - 1)).to(gradient)
 
+        each = len(gradient) // len(conditioning)  # images that a row serves
         every = torch.cartesian_prod(*map(torch.arange, latents.shape[:2])).to(gradient.device)
         for i in asked:  # branch by branch, so that the rows of a call share its prompt
             for part in every.tensor_split(-(-len(every) // self.rows)):
                 step, image = part.unbind(1)
                 with torch.enable_grad(), self.precision.autocast():
-                    rows = leaves[i][image if len(leaves[i]) > 1 else slice(None)]
+                    rows = leaves[i][image // each if len(leaves[i]) > 1 else slice(None)]
                     prediction = self.model.denoise(latents[step, image], timesteps[step], rows)
                 weighted = gradient[image] * weights[step, i]
                 values = torch.autograd.grad(prediction, (*leaves, *learned), weighted, allow_unused=True)

@@ -39,7 +39,7 @@ def checkpointed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Texts(NamedTuple):
-    """What a text encoder makes of prompts and of the empty prompt ∅, the whole difference between some models.
+    """What a text encoder makes of prompts and of the empty prompt ∅: all that differs where nothing else is trained.
 
     Attributes:
         conditioning: The conditioning c, with shape (P, L, D), where P divides the number of images: then the first
@@ -68,7 +68,7 @@ def rows_for(conditioning: Tensor, images: int, start: int, stop: int) -> Tensor
     served = {min(stop, (row + 1) * each) - max(start, row * each) for row in range(first, last + 1)}
     if len(served) == 1:
         return conditioning[first : last + 1]
-    return conditioning.repeat_interleave(each, 0)[start:stop]
+    return conditioning[first : last + 1].repeat_interleave(each, 0)[start - first * each : stop - first * each]
 
 
 def noise_sources(scheduler: Any, noise: Tensor) -> dict[str, list[Generator]]:
@@ -106,8 +106,8 @@ class Sampler:
         decode_chunk: The number of images that the decoder, or a feature network, works on at a time.
         decode_kept: With `checkpoint`, how many images' activations in the decoder are kept, in whole chunks, and not
             computed again; `decode_chunk` by default, as those of a chunk exist anyway in the backward pass.
-        images_at_once: How many images the denoising network works on at a time at most; all by default. With
-            `checkpoint` and detached latents it is also how many rows, of one image at one step in one branch of
+        images_at_once: How many images the denoising network works on at a time at most; by default all, of all texts.
+            With `checkpoint` and detached latents it is also how many rows, of one image at one step in one branch of
             guidance, are computed again at a time.
 
     Raises:
@@ -185,14 +185,15 @@ class Sampler:
         steps: int | None = None,
         generator: Generator | None = None,
     ) -> list[Tensor]:
-        """Samples from the same noise with each of several texts, in the same calls of the denoising network.
+        """Samples from the same noise with each of several texts, in the same calls of the network that have no graph.
 
-        Of models that differ in their text encoders alone, such as the finetuned and the original one, this takes less
-        time than one after the other.
+        These are all calls with `checkpoint` and detached latents, else those of steps that carry no gradient. Where
+        models differ in what they read alone, as the finetuned and the original one may, this takes less time than one
+        model after the other.
 
         Args:
             model: The text-to-image model, loaded.
-            texts: What is read of the prompts, all with the same shape.
+            texts: What each model reads of the prompts, all with the same shape.
             noise: As in `__call__`, with shape (n, C, h, w).
             steps: As in `__call__`.
             generator: As in `__call__`.
@@ -200,7 +201,12 @@ class Sampler:
         Returns:
             The final latents z_0 of each text, with shapes (n, C, h, w). The first ones carry a graph if gradients are
             enabled, the others never.
+
+        Raises:
+            ValueError: If the rows of a text cannot serve the images alike.
         """
+        if any(len(noise) % len(text.conditioning) for text in texts):
+            raise ValueError(f"`texts` must have 1 or {len(noise)} rows, or as many as divide the {len(noise)} images")
         steps = self.draw_steps(generator) if steps is None else steps
         images = len(noise)
         noise = noise.repeat(len(texts), *[1] * (noise.ndim - 1))
@@ -278,7 +284,7 @@ class Sampler:
         if scale is not None and not self.gradient.coupled:
             latents = latents.detach()
         guided = model.guided if scale is None else self._wrap(model.guided)
-        both = list(map(torch.cat, zip(*texts, strict=True)))
+        both = texts[0] if len(texts) == 1 else list(map(torch.cat, zip(*texts, strict=True)))
         parts, found, start = -(-total // (self.images_at_once or total)), [], 0
         with torch.set_grad_enabled(scale is not None):
             for part in latents.tensor_split(parts):

@@ -32,7 +32,7 @@ def save_to_go_on(trainer: Trainer) -> Path:
 class GracefulStop(Callback):
     """Ends training after the step in which a signal came, with a checkpoint; a second signal ends it at once.
 
-    The run that is resumed from it is the one that was not stopped.
+    The run that is resumed from it is the one that was not stopped, up to rounding where noise recurs.
     """
 
     def __init__(self) -> None:

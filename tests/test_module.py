@@ -13,7 +13,7 @@ from miniature import PORTRAITS, finetuning, prompts, trainer
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
-from fairness_dft.adapters import TextEncoderLoRA, UNetLoRA
+from fairness_dft.adapters import Combined, TextEncoderLoRA, UNetLoRA
 from fairness_dft.attributes import Attribute
 from fairness_dft.classifiers import ImageClassifier, Judge, Verdict
 from fairness_dft.detectors import FaceDetector, InsightFace
@@ -241,8 +241,8 @@ def test_originals_are_remembered_where_their_noise_recurs_and_change_nothing(mo
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("adapter", [TextEncoderLoRA, UNetLoRA, PromptPrefix])
-def test_originals_are_sampled_in_the_same_calls_if_the_denoising_network_is_the_same(adapter, checkpoint, monkeypatch):
+@pytest.mark.parametrize("adapter", [TextEncoderLoRA, UNetLoRA, PromptPrefix, Combined])
+def test_originals_share_calls_without_a_graph_if_the_network_is_the_same(adapter, checkpoint, monkeypatch):
     """A step that samples them and one that remembers them have the same gradient."""
     monkeypatch.setattr(FairFinetuning, "trainer", OneProcess())
     module = finetuning(adapter=adapter(), sampler=Sampler(steps=3, guidance_scale=2.0, checkpoint=checkpoint))
@@ -260,12 +260,18 @@ def test_originals_are_sampled_in_the_same_calls_if_the_denoising_network_is_the
         gradients.append(torch.autograd.grad(loss, module.adapter.parameters()))
     images = len(batch.seeds)
     assert sampled[1] == [2 * images] * 3
-    if adapter is UNetLoRA:
+    if adapter in (UNetLoRA, Combined):
         assert sampled[0] == [2 * images] * 6
     elif checkpoint:
         assert sampled[0] == [4 * images] * 3
     else:
         assert sampled[0] == [2 * images] * 6  # of the two, one call has a graph
+    [together] = module.originals.known.values()
+    module.originals.known.clear()
+    noise, steps = module.generator.noise(batch.seeds), module.draw_steps(batch, module.randomness())
+    apart = module.original(batch, noise, steps)
+    for name, values in apart.tensors().items():
+        torch.testing.assert_close(together.tensors()[name], values, rtol=1e-3, atol=1e-4)
     for cold, warm in zip(*gradients, strict=True):
         assert warm.any()
         torch.testing.assert_close(cold, warm, rtol=1e-4, atol=1e-6)

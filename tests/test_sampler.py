@@ -258,6 +258,19 @@ def test_texts_sampled_together_are_those_sampled_one_after_the_other(
             assert len(sizes) == STEPS * parts and max(sizes) == 2 * -(-images // parts)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_several_images_of_several_prompts_share_rows(toy: Toy, checkpoint: bool) -> None:
+    prompts, found = ["a chef", "a nurse at work"], []
+    for texts in (prompts, [prompts[0]] * 3 + [prompts[1]] * 3):
+        sampler = Sampler(STEPS, guidance_scale=2.0, checkpoint=checkpoint, images_at_once=4)
+        [latents] = sampler.sample(toy, [encoded(toy, texts)], toy_noise(6))
+        images = sampler.decode(toy, latents)
+        found.append((images, torch.autograd.grad(toy_loss(images), toy.theta)[0]))
+    assert_close(found[0], found[1])
+    with pytest.raises(ValueError, match="`texts` must have 1 or 5 rows, or as many as divide the 5 images"):
+        sampler.sample(toy, [encoded(toy, prompts)], toy_noise(5))
+
+
 @pytest.mark.parametrize(
     ("start", "stop", "rows"), [(0, 3, 1), (4, 6, 1), (0, 6, 2), (3, 9, 2), (2, 4, 2), (1, 5, 2), (1, 6, 5), (1, 9, 8)]
 )
@@ -448,7 +461,11 @@ def test_sampling_and_its_way_back_make_no_gpu_wait(
     with Stay() as stay:
         monkeypatch.setattr(model, "guided", lambda *inputs: setattr(stay, "inside", True) or guided(*inputs))
         monkeypatch.setattr(model, "decode", lambda latents: setattr(stay, "inside", False) or decode(latents))
-        images = Sampler(steps=3, checkpoint=checkpoint)(model, "a chef", model.noise(torch.arange(3)))
+        texts = [encoded(model, prompt) for prompt in ("a chef", "a nurse")]
+        for at_once in (None, 2):  # two cuts across the texts
+            sampler = Sampler(steps=3, checkpoint=checkpoint, images_at_once=at_once)
+            latents, _ = sampler.sample(model, texts, model.noise(torch.arange(3)))
+            images = sampler.decode(model, latents)
     with pytest.raises(RuntimeError, match="meta"):
         images.max().item()
     images.sum().backward()
