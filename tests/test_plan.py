@@ -126,7 +126,7 @@ def test_all_measured_steps_have_as_many_sampling_steps(monkeypatch, tmp_path) -
     drawn, draw = [], Sampler.draw_steps
     monkeypatch.setattr(Sampler, "draw_steps", lambda *given: drawn.append(draw(*given)) or drawn[-1])
     main(small(tmp_path, "--plan", "--trainer.max_steps=20", "--model.sampler.steps=2", "--model.sampler.steps_max=5"))
-    assert len(drawn) >= 2 * MEASURED and set(drawn) == {3}
+    assert sorted(drawn) == [2] * (MEASURED + 1) + [3] * 2 * (MEASURED + 1)  # 2 where a test's image is timed
 
 
 def test_only_a_fit_has_a_plan(tmp_path, capsys) -> None:
