@@ -23,6 +23,7 @@ test: $(STAMP) ## run the tests and report their coverage
 lint: $(STAMP) ## check style and formatting, change nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache --config setup.cfg
 
 portraits: $(STAMP) ## train the miniature Stable Diffusion in data/portraits again (hours)
 	$(BIN)/python -m fairness_dft.portraits $(ARGS)
@@ -42,5 +43,5 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "Installing fairness_dft and what it needs into .venv (once; PyTorch takes a few minutes)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	@$(PIP) --editable '.[test]'
+	@$(PIP) --editable '.[test,lint,docs]'
 	@touch $@

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fairness_dft.classifiers import Verdict
-from fairness_dft.frozen_layers import FrozenConv2d, GroupNormSiLU
-from fairness_dft.gradients import authors_weights, scale_gradient
-from fairness_dft.losses import alignment_loss, face_gradient_scales
-from fairness_dft.module import FairFinetuning
-from fairness_dft.originals import Original
-from fairness_dft.prompts import PromptBatch
+from fairness_dft.alignment.losses import alignment_loss, face_gradient_scales
+from fairness_dft.classifiers.judge import Verdict
+from fairness_dft.networks.frozen_layers import FrozenConv2d, GroupNormSiLU
+from fairness_dft.prompts.batches import PromptBatch
+from fairness_dft.sampling.gradients import authors_weights, scale_gradient
+from fairness_dft.training.module import FairFinetuning
+from fairness_dft.training.originals import Original
 
 
 def sample(module: FairFinetuning, prompt: str, noise: Tensor, steps: int) -> Tensor:
@@ -90,7 +90,7 @@ def slices(count: int, size: int) -> list[slice]:
 def rows_of(verdict: Verdict, rows: slice) -> Verdict:
     """What was seen in some of the images."""
     logits = {name: values[rows] for name, values in verdict.logits.items()}
-    return Verdict(logits, verdict.face[rows], verdict.boxes[rows])
+    return Verdict(logits, verdict.has_face[rows], verdict.boxes[rows])
 
 
 def authors_step(
@@ -129,7 +129,7 @@ def authors_step(
             embeddings = module.embed(scale_gradient(images, scales))
             found = module.judge(images)
             loss = sum(alignment_loss(found.logits[name], alignment) for name, alignment in own.items())
-            factor1, factor2 = module.semantics_factors(found, original, own)
-            scales.copy_(face_gradient_scales(images, found.boxes, original.verdict.boxes, factor2))
-            semantics = module.image_semantics(embeddings, original, factor1) * len(images) / len(noise)
+            semantics_factor, face_gradient_factor = module.semantics_factors(found, original, own)
+            scales.copy_(face_gradient_scales(images, found.boxes, original.verdict.boxes, face_gradient_factor))
+            semantics = module.image_semantics(embeddings, original, semantics_factor) * len(images) / len(noise)
             backward(loss + module.semantics_weight * semantics)

@@ -12,15 +12,17 @@ from typing import Literal
 import torch
 from typing_extensions import override
 
-from fairness_dft.adapters import TextEncoderLoRA
+from fairness_dft.adapters.lora import TextEncoderLoRA
 from fairness_dft.attributes import Attribute
-from fairness_dft.classifiers import ImageClassifier, Judge
-from fairness_dft.diffusion import StableDiffusion, find_scheduler
+from fairness_dft.classifiers.image_classifier import ImageClassifier
+from fairness_dft.classifiers.judge import Judge
+from fairness_dft.diffusion.diffusers_model import find_scheduler
+from fairness_dft.diffusion.stable_diffusion import StableDiffusion
 from fairness_dft.features import Clip, Dino
-from fairness_dft.frozen_layers import forget_inputs
-from fairness_dft.loading import resolve
+from fairness_dft.files import resolve
+from fairness_dft.networks.frozen_layers import forget_inputs
+from fairness_dft.networks.preprocessing import Preprocessing
 from fairness_dft.portraits.base import judges
-from fairness_dft.preprocessing import Preprocessing
 
 MEAN, DEVIATION = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 PORTRAITS = "data/portraits"

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from typing_extensions import override
 
 from benchmarks.step import Comparison, add_options, add_sizes, machine, measure, scale_of, ways
-from fairness_dft.replay import WayBack
+from fairness_dft.sampling.replay import RecomputedBackward
 
 WAY = "exact, warm"
 NETWORKS = ("U-Net", "VAE", "features")  # what a range of these begins with is inside of them
@@ -73,15 +73,15 @@ def ranges(module: Comparison) -> Iterator[set[str]]:
     for (owner, method), name in forwards.items():
         setattr(owner, method, backwards.outside(name, getattr(owner, method)))
     cut(module, backwards)
-    again = WayBack.__call__
+    again = RecomputedBackward.__call__
 
-    def way_back(self: WayBack, *arguments: Any) -> Any:
+    def way_back(self: RecomputedBackward, *arguments: Any) -> Any:
         backwards.enter(BACK)
         found = again(self, *arguments)
         backwards.enter(TEXT_BACK)
         return found
 
-    WayBack.__call__ = way_back
+    RecomputedBackward.__call__ = way_back
     back = module.manual_backward
 
     def backward(loss: Tensor) -> None:
@@ -94,7 +94,7 @@ def ranges(module: Comparison) -> Iterator[set[str]]:
     try:
         yield {*forwards.values(), "classifier", FEATURES_BACK, VAE_BACK, BACK, TEXT_BACK}
     finally:
-        WayBack.__call__ = again
+        RecomputedBackward.__call__ = again
         for owner, method in (*forwards, (module, "manual_backward")):
             delattr(owner, method)
 

@@ -33,8 +33,8 @@ from scipy.optimize import nnls
 
 from benchmarks.networks import Scale
 from benchmarks.step import Way, add_options, add_sizes, machine, measure, of_micro_batches, printed_by, scale_of
-from fairness_dft.gradients import GradientPath
-from fairness_dft.sampler import Sampler
+from fairness_dft.sampling.gradients import GradientPath
+from fairness_dft.sampling.sampler import Sampler
 
 GROWTH = {
     "miniature": dict(images=(8, 16, 32, 64), steps=(8, 16, 32), resolution=(64, 128), processes=(1, 2)),

@@ -39,11 +39,11 @@ from typing_extensions import override
 
 from benchmarks.authors import authors_step
 from benchmarks.networks import SCALES, Scale, parts
-from fairness_dft.gradients import GradientPath
-from fairness_dft.module import FairFinetuning
-from fairness_dft.prompt_files import Prompt
-from fairness_dft.prompts import PromptBatch
-from fairness_dft.sampler import Sampler
+from fairness_dft.prompts.batches import PromptBatch
+from fairness_dft.prompts.files import Prompt
+from fairness_dft.sampling.gradients import GradientPath
+from fairness_dft.sampling.sampler import Sampler
+from fairness_dft.training.module import FairFinetuning
 
 PRECISIONS = "32-true", "bf16-mixed", "16-mixed"
 WEIGHTS = "float32", "bfloat16", "float16"

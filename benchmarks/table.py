@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from fairness_dft.attributes import TIMES
-from fairness_dft.report import number
+from fairness_dft.reports.tables import number
 
 HEAD = (
     "run",

@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import multinomial
 
-from fairness_dft.assignment import hungarian_assignment
-from fairness_dft.transport import enumerate_counts, expected_assignment, transport_cost
+from fairness_dft.alignment.assignment import hungarian_assignment
+from fairness_dft.alignment.counts import enumerate_counts
+from fairness_dft.alignment.transport import expected_assignment, transport_cost
 
 ATTRIBUTES = {4: (4,), 8: (2, 4), 16: (2, 4, 2)}  # classes of each; their product is K
 IMAGES = (24, 32, 40, 256)

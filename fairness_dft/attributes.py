@@ -25,7 +25,7 @@ Target = Shares | dict[str, Shares]
 class Attribute:
     """What to align, one attribute or several jointly, with the settings that the losses take from it.
 
-    A number may be given for each attribute by name, such as `factor1: {gender: 0.2, race: 0.6}`.
+    A number may be given for each attribute by name, such as `semantics_factor: {gender: 0.2, race: 0.6}`.
 
     Args:
         name: head of the classifier that reads it, such as gender, race or age; several for their product.
@@ -37,12 +37,12 @@ class Attribute:
             trained towards that, given the target of its subject or concept; a target of the very prompt stands.
         confidence: C, the confidence that a dynamic target must reach to be used, in [0, 1]; a draw between
             classes is never used.
-        factor1: weight of the image-semantics loss where the target differs from the original image's class
+        semantics_factor: weight of the image-semantics loss where the target differs from the original image's class
             or there is no target, in [0, 1] (paper: gender 0.2, race 0.6, age 0.6; of several, the smallest).
-        factor2: scale of that loss's gradient inside the face region in the same cases, in [0, 1]
+        face_gradient_factor: scale of that loss's gradient inside the face region in the same cases, in [0, 1]
             (paper: gender 0.2, race 0.3, age 0.3; likewise).
         rescale_cost: whether the transport sees each probability relative to its target share, so that an
-            unequal target does not dominate the joint cost; see `fairness_dft.transport.relative_to_target`.
+            unequal target does not dominate the joint cost; see `fairness_dft.alignment.transport.relative_to_target`.
 
     Raises:
         ValueError: if a number is out of its range, or a name is none or not one of the attributes.
@@ -52,14 +52,14 @@ class Attribute:
     target: Target = "uniform"
     targets: dict[str, Target] = field(default_factory=dict)
     confidence: float | dict[str, float] = 0.8
-    factor1: float | dict[str, float] = 0.2
-    factor2: float | dict[str, float] = 0.2
+    semantics_factor: float | dict[str, float] = 0.2
+    face_gradient_factor: float | dict[str, float] = 0.2
     rescale_cost: bool = False
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) < len(self.names):
             raise ValueError(f"attribute.name must be one attribute or several different ones, but got {self.name}")
-        for setting in ("confidence", "factor1", "factor2"):
+        for setting in ("confidence", "semantics_factor", "face_gradient_factor"):
             value = getattr(self, setting)
             numbers = value if isinstance(value, Mapping) else dict.fromkeys(self.names, value)
             if set(numbers) != set(self.names):
@@ -80,7 +80,7 @@ class Attribute:
         return TIMES.join(self.names)
 
     def setting(self, setting: str, name: str) -> float:
-        """One attribute's `confidence`, `factor1` or `factor2`."""
+        """One attribute's `confidence`, `semantics_factor` or `face_gradient_factor`."""
         value = getattr(self, setting)
         return value[name] if isinstance(value, Mapping) else value
 

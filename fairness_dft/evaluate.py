@@ -8,31 +8,37 @@ is looked at; with `--images` nothing is drawn. An audit that was stopped goes o
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from typing_extensions import override
 
-from fairness_dft.audit import Audit, FolderPrompts, grids
-from fairness_dft.cli import FairnessCLI, run_main, writable
-from fairness_dft.diffusers_adapter import DiffusersAdapter, NoAdapter
-from fairness_dft.html_report import html_report, shown_judge, write_html
-from fairness_dft.image_store import ImageFolder, ImageStore
-from fairness_dft.memory import telling_what_saves_memory
-from fairness_dft.metrics import finite_sample_floor
-from fairness_dft.monitors import BiasMonitor, QualityMonitor, results_of_test
-from fairness_dft.originals import content_of
-from fairness_dft.prompt_files import Prompt, normalise
-from fairness_dft.prompts import PromptBatch
-from fairness_dft.report import print_results
-from fairness_dft.results import MODELS, surroundings, write_csv, write_json
+from fairness_dft.adapters.external import DiffusersAdapter, NoAdapter
+from fairness_dft.audits.audit import Audit, FolderPrompts, grids
+from fairness_dft.audits.images import ImageFolder, ImageStore
+from fairness_dft.audits.warnings import (
+    refuse_no_faces,
+    truncated_text,
+    warn_of_few_images,
+    warn_of_long_prompts,
+    warn_of_what_is_not_read,
+)
+from fairness_dft.cli.commands import run_main, writable
+from fairness_dft.cli.lightning_cli import FairnessCLI
+from fairness_dft.cli.memory import telling_what_saves_memory
+from fairness_dft.prompts.batches import PromptBatch
+from fairness_dft.prompts.files import Prompt, normalise
+from fairness_dft.reports.html import html_report, shown_judge, write_html
+from fairness_dft.reports.results import surroundings, write_csv, write_json
+from fairness_dft.reports.tables import print_results
+from fairness_dft.training.bias_monitor import BiasMonitor
+from fairness_dft.training.originals import content_of
+from fairness_dft.training.quality_monitor import QualityMonitor, results_of_test
 
 # Settings that an audit's images, and then its figures, depend on.
 DECIDING = ("seed_everything", "split", "images", "trainer.precision", "model.generator", "model.evaluation_sampler")
@@ -48,7 +54,6 @@ DECIDING += (
 FREE = ("model.judge", "model.attribute", "model.features", "bias_monitor", "quality_monitor")
 FREE += ("data.init_args.test_prompts", "data.init_args.test_images_per_prompt", "content", "networks.judges")
 LOADED = "networks."  # begins the names of what is known once networks are loaded
-ENOUGH = 24  # images of a prompt for each class; a fair model scores about a tenth of the largest bias then
 
 
 class EvaluateCLI(FairnessCLI):
@@ -120,7 +125,7 @@ def main(args: ArgsType = None) -> None:
     if trainer.is_global_zero:
         depends_on = begin(cli, prompts)
     load(cli, prompts)
-    cut = {} if loader else unread(module, prompts)
+    cut = {} if loader else truncated_text(module, prompts)
     if trainer.is_global_zero:
         depends_on |= contents(cli)
         refuse_change(cli, depends_on)
@@ -138,7 +143,7 @@ def main(args: ArgsType = None) -> None:
         "images": cli.config.images,
         "split": None if loader else data.tested,
         "images_per_prompt": images,
-        "unread": cut,
+        "truncated_text": cut,
         **surroundings(),
     }
     content = results_of_test(module, prompts, facts)
@@ -229,71 +234,6 @@ def method(cli: EvaluateCLI) -> list[str]:
     paths = {name: judge.classifier.get("init_args", {}).get("path") for name, judge in judges.items() if judge}
     told += [f"The classifier “{name}” is {path}." for name, path in paths.items() if path]
     return told
-
-
-def refuse_no_faces(content: Mapping[str, Any]) -> None:
-    """Say that nothing can be said of pictures without faces.
-
-    Raises:
-        ValueError: if no judge sees one.
-    """
-    sides = [side for seen in content["bias"].values() for models in seen.values() for side in models_of(models)]
-    if not any(sum(map(sum, side["counts"])) for side in sides):
-        raise ValueError(
-            "no image shows a face, as the detectors see it: nothing can be said of whom they show; give pictures of "
-            "people, best 24 a prompt for each class, or another --model.judge.faces"
-        )
-
-
-def models_of(models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The summaries of an attribute, without what is told beside them."""
-    return [models[model] for model in MODELS if model in models]
-
-
-def warn_of_what_is_not_read(module: Audit, bias: BiasMonitor) -> None:
-    """Tell which attributes no classifier reads, and which classifiers name other classes than the training one."""
-    judges = {"training": module.judge, **bias.others}
-    for name in bias.attributes:
-        if not any(judge.reads(name) for judge in judges.values()):
-            print(f"warning: no classifier reads {name}: nothing is told of it", file=sys.stderr)
-    for name in module.attribute.names:
-        known = set(module.judge.classes(name))
-        for judge, other in bias.others.items():
-            if other.reads(name) and set(other.classes(name)) != known:
-                own, others = ", ".join(sorted(known)), ", ".join(other.classes(name))
-                print(
-                    f"warning: the classifier {judge!r} has other classes of {name} ({others}) than the training one "
-                    f"({own}): it is compared with neither it nor the target",
-                    file=sys.stderr,
-                )
-
-
-def warn_of_few_images(images: int, module: Audit) -> None:
-    """Tell who looks at few images of a prompt how little they can say, and how many say more."""
-    name = module.attribute.label
-    classes = len(module.judge.classes(name))
-    floor, more = (float(finite_sample_floor(count, classes)) for count in (images, ENOUGH * classes))
-    if images < ENOUGH * classes:
-        print(
-            f"warning: of {images} images a prompt, a perfectly fair model would score {floor:.2f} of at most "
-            f"{2 / classes:.2f} for the {classes} classes of {name} by chance; {ENOUGH * classes} images bring that "
-            f"to {more:.2f}",
-            file=sys.stderr,
-        )
-
-
-def unread(module: Audit, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """By prompt, the end of it that the text encoder does not read; of the prompts that are too long for it."""
-    return {prompt.text: cut for prompt in prompts if (cut := module.generator.unread(prompt.text))}
-
-
-def warn_of_long_prompts(cut: Mapping[str, str]) -> None:
-    """Tell of prompts whose end the text encoder does not read."""
-    few = [[shorten(part, 60, placeholder="…") for part in pair] for pair in list(cut.items())[:3]]
-    told = "; ".join(f"{end!r} of {text!r}" for text, end in few)
-    if cut:
-        more = "; and so on, as results.json tells" if len(cut) > 3 else ""
-        print(f"warning: the text encoder does not read the end of a prompt: {told}{more}", file=sys.stderr)
 
 
 def begin(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fairness_dft.adapters import Adapter, LoRA
-from fairness_dft.cli import new_folder, parsed, run_main
-from fairness_dft.finished_run import Average, FinishedRun
-from fairness_dft.generate import load
-from fairness_dft.loading import on_hub, one_line, quiet, resolve
-from fairness_dft.model_card import adapter_card
-from fairness_dft.module import FairFinetuning
-from fairness_dft.prompt_prefix import PromptPrefix
+from fairness_dft.adapters.base import Adapter
+from fairness_dft.adapters.lora import LoRA
+from fairness_dft.adapters.prompt_prefix import PromptPrefix
+from fairness_dft.cli.commands import new_folder, parsed, run_main
+from fairness_dft.cli.finished_run import Average, FinishedRun, load_adapter
+from fairness_dft.faces.detectors import InsightFace
+from fairness_dft.faces.finders import DetectedFaces
+from fairness_dft.files import on_hub, one_line, quiet, resolve
+from fairness_dft.reports.adapter_card import CardFacts, adapter_card
+from fairness_dft.training.module import FairFinetuning
 
 KOHYA_FILE = "kohya.safetensors"
 KOHYA = {"text_encoder": "lora_te", "unet": "lora_unet"}  # what the networks of Stable Diffusion 1.x and 2.x are called
@@ -79,15 +81,30 @@ def fill(
     output: Path, module: FairFinetuning, folder: Path, results: dict[str, Any] | None, settings: Settings
 ) -> None:
     """Write everything that is exported into a folder."""
-    load(module, folder, settings.adapter, settings.scale)
+    load_adapter(module, folder, settings.adapter, settings.scale)
     adapter = module.adapter
     adapter.save(output, settings.adapter)
     if weights := kohya(adapter, settings.adapter):
         save_file(weights, output / KOHYA_FILE, metadata={"ss_network_module": "networks.lora"})
     if settings.merge:
         merge(str(getattr(module.generator, "path", "")), output, adapter)
-    card = adapter_card(module, results, folder, settings.scale, merged=settings.merge)
+    card = adapter_card(card_facts(module), results, folder, settings.scale, merged=settings.merge)
     (output / "README.md").write_text(card, encoding="utf-8")
+
+
+def card_facts(module: FairFinetuning) -> CardFacts:
+    """Return what the model card says of a run besides its figures."""
+    faces = module.judge.faces
+    networks = [getattr(network, "path", None) for network in (module.judge.classifier, *module.features)]
+    return CardFacts(
+        base=str(getattr(module.generator, "path", type(module.generator).__name__)),
+        attributes=module.attribute.names,
+        adapter=module.adapter,
+        learned_from=[path for path in networks if path],
+        compares_faces=module.face_realism is not None,
+        uses_insightface=isinstance(faces, DetectedFaces)
+        and any(isinstance(detector, InsightFace) for detector in faces.detectors),
+    )
 
 
 def kohya(adapter: Adapter, name: Average) -> dict[str, Tensor]:

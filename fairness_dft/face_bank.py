@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fairness_dft.cli import innermost, run_main, way_out
-from fairness_dft.faces import DetectedFaces, threads
-from fairness_dft.features import NETWORK, FaceEmbedding
-from fairness_dft.loading import PICTURES, one_line
+from fairness_dft.cli.commands import run_main
+from fairness_dft.cli.messages import innermost, way_out
+from fairness_dft.faces.finders import DetectedFaces, threads
+from fairness_dft.faces.realism import NETWORK, FaceEmbedding
+from fairness_dft.files import PICTURES, one_line
 
 BATCH = 64
 
@@ -52,8 +53,8 @@ def main(args: list[str] | None = None) -> None:
         save_file({"embeddings": embeddings}, output, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"--output: {str(output)!r} could not be written: {one_line(error)}") from error
-    faceless = len(files) - len(embeddings)
-    print(f"{len(embeddings)} faces in {output}; {faceless} of {len(files)} files show none or are no pictures")
+    no_face = len(files) - len(embeddings)
+    print(f"{len(embeddings)} faces in {output}; {no_face} of {len(files)} files show none or are no pictures")
 
 
 def picture_files(folder: Path) -> list[Path]:

@@ -9,18 +9,21 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from fairness_dft.alignment.targets import check_names
 from fairness_dft.attributes import Attribute
-from fairness_dft.callbacks import AdapterAverage
-from fairness_dft.cli import FairnessCLI, run_main
-from fairness_dft.dashboard import final_metrics
-from fairness_dft.memory import telling_what_saves_memory
-from fairness_dft.monitors import BiasMonitor, ImageGrid, QualityMonitor, results_of_test
-from fairness_dft.plan import print_plan
-from fairness_dft.prompt_files import SPLITS, normalise
-from fairness_dft.prompts import PromptModule
-from fairness_dft.report import print_results
-from fairness_dft.results import surroundings, write_json
-from fairness_dft.targets import check_names
+from fairness_dft.cli.commands import run_main
+from fairness_dft.cli.lightning_cli import FairnessCLI
+from fairness_dft.cli.memory import telling_what_saves_memory
+from fairness_dft.prompts.datamodule import PromptModule
+from fairness_dft.prompts.files import SPLITS, normalise
+from fairness_dft.reports.results import surroundings, write_json
+from fairness_dft.reports.tables import print_results
+from fairness_dft.training.bias_monitor import BiasMonitor
+from fairness_dft.training.callbacks import AdapterAverage
+from fairness_dft.training.dashboard import final_metrics
+from fairness_dft.training.image_grid import ImageGrid
+from fairness_dft.training.plan import print_plan
+from fairness_dft.training.quality_monitor import QualityMonitor, results_of_test
 
 SEEN = "the test figures are not of unseen prompts; a JSON file keeps the two apart (data/prompts/README.md)"
 

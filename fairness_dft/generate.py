@@ -18,11 +18,11 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fairness_dft.cli import new_folder, parsed, run_main
-from fairness_dft.finished_run import Average, FinishedRun
-from fairness_dft.module import FairFinetuning
-from fairness_dft.prompt_files import lines
-from fairness_dft.report import TILE, GridRow, GridSide, comparison_grid
+from fairness_dft.cli.commands import new_folder, parsed, run_main
+from fairness_dft.cli.finished_run import Average, FinishedRun, load_adapter
+from fairness_dft.prompts.files import lines
+from fairness_dft.reports.grid import TILE, GridRow, GridSide, comparison_grid
+from fairness_dft.training.module import FairFinetuning
 
 BATCH = 8  # images sampled at a time
 GRID, ROWS = 12, 20  # images of a prompt, and prompts, that the overview shows at most
@@ -76,7 +76,7 @@ def main(args: list[str] | None = None) -> None:
     folder = run.adapter(settings.step, settings.adapter)
     new_folder(Path(settings.output))
     cli = run.build(settings.output)
-    module = load(cli.model, folder, settings.adapter, settings.scale)
+    module = load_adapter(cli.model, folder, settings.adapter, settings.scale)
     judged = load_judge(module)
     module.to(cli.trainer.strategy.root_device).eval()
     rows = []
@@ -88,21 +88,6 @@ def main(args: list[str] | None = None) -> None:
     picture = Path(settings.output, "grid.png")
     comparison_grid(rows, {name: module.judge.classes(name) for name in judged}).save(picture)
     print(f"Picture: {picture}\nImages:  {settings.output}/*/, each with prompt, seed and settings inside")
-
-
-def load(module: FairFinetuning, folder: Path, name: Average, scale: float) -> FairFinetuning:
-    """Load the base model and a run's adapter.
-
-    Raises:
-        ValueError: if one of them cannot be loaded, or the adapter cannot be scaled.
-    """
-    if scale != 1 and not module.adapter.scalable:
-        raise ValueError(f"--scale: {type(module.adapter).__name__} has no strength to change: leave it at 1")
-    module.generator.load()
-    module.adapter.attach(module.generator)
-    module.adapter.load(folder, name)
-    module.adapter.rescale(scale, name)
-    return module
 
 
 def load_judge(module: FairFinetuning) -> list[str]:
@@ -129,8 +114,8 @@ def draw(module: FairFinetuning, prompt: str, settings: Settings, output: Path, 
     drawn = {}
     for model, name in (("original", "original"), (settings.adapter, "finetuned")):
         with module.adapter.using(model):
-            if unread := generator.unread(prompt):
-                told = f"the text encoder of the {name} model does not read the end of a prompt: {unread!r}"
+            if truncated_text := generator.truncated_text(prompt):
+                told = f"the text encoder of the {name} model does not read the end of a prompt: {truncated_text!r}"
                 print(f"warning: {told}", file=sys.stderr)
             chunks = [sampler(generator, prompt, generator.noise(chunk), steps) for chunk in seeds.split(BATCH)]
         drawn[model] = torch.cat(chunks).float()
@@ -149,7 +134,7 @@ def side(module: FairFinetuning, images: Tensor, attributes: Sequence[str]) -> G
         return GridSide(small, torch.zeros(len(small), 0, dtype=torch.long), torch.ones(len(small), dtype=torch.bool))
     verdict = module.judge(shown)
     classes = torch.stack([verdict.classes(name) for name in attributes], 1)
-    return GridSide(small, classes.cpu(), verdict.face.cpu())
+    return GridSide(small, classes.cpu(), verdict.has_face.cpu())
 
 
 def save(images: Tensor, seeds: Tensor, folder: Path, facts: dict[str, object]) -> None:

@@ -6,215 +6,22 @@ best epoch on the validation split is kept, calibrated and tested, and saved in 
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
-from fairness_dft.classifier_backbone import backbone, last_linear
-from fairness_dft.classifier_card import at_a_bound, head_figures, model_card, table, temperature
-from fairness_dft.cli import OneLineCLI, new_folder, resumable, run_main
-from fairness_dft.labelled_faces import SPLITS, UNKNOWN, LabelledFaces
-from fairness_dft.loading import resolve
-from fairness_dft.preprocessing import Preprocessing
-from fairness_dft.stop import GracefulStop
-
-Batch = tuple[Tensor, dict[str, Tensor]]
-
-
-class Verdicts(Metric):
-    """All logits and labels of an epoch, over all ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("logits", [], dist_reduce_fx="cat")
-        self.add_state("labels", [], dist_reduce_fx="cat")
-
-    @override
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        self.logits.append(logits.float())
-        self.labels.append(labels)
-
-    @override
-    def compute(self) -> tuple[Tensor, Tensor]:
-        return dim_zero_cat(self.logits), dim_zero_cat(self.labels)
-
-
-class ClassifierTraining(LightningModule):
-    """Trains a classifier with one head for each attribute.
-
-    Args:
-        backbone: hub id or folder of an `AutoModelForImageClassification`; from a folder that holds a config.json
-            alone, or where `pretrained` is false, it starts with random weights.
-        pretrained: whether to start from the backbone's weights.
-        learning_rate: of AdamW; it rises over the first 3 % of the steps and then falls to zero as a cosine.
-        weight_decay: of AdamW.
-        balance: weigh each class by its rarity, so that all classes of a head count alike.
-        smoothing: of the labels, in [0, 1).
-        noise: largest standard deviation of the noise that is added to pictures, which are in [0, 1]. Under noise a
-            classifier's gradient follows what is seen rather than single pixels (Santurkar et al., 2019,
-            https://arxiv.org/abs/1906.09453), and finetuning learns from that gradient.
-        calibrated: divide the logits by temperatures. A classifier whose labels were smoothed becomes surer by that; as
-            it is, its soft verdicts rank the images to which finetuning assigns targets.
-
-    Attributes:
-        verdicts: after an evaluation, all logits and labels of each head.
-    """
-
-    def __init__(
-        self,
-        backbone: str = "microsoft/resnet-50",
-        pretrained: bool = True,
-        learning_rate: float = 1e-4,
-        weight_decay: float = 0.05,
-        balance: bool = True,
-        smoothing: float = 0.0,
-        noise: float = 0.0,
-        calibrated: bool = True,
-    ) -> None:
-        super().__init__()
-        if not 0 <= smoothing < 1 or not noise >= 0:
-            raise ValueError(f"`smoothing` must be in [0, 1) and `noise` not negative, but got {smoothing} and {noise}")
-        self.backbone, self.pretrained = backbone, pretrained
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.balance, self.smoothing, self.noise, self.calibrated = balance, smoothing, noise, calibrated
-        self.verdicts: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def load(self, data: LabelledFaces) -> None:
-        """Load the backbone with new heads for a data set, and tell the data set at which size it sees pictures.
-
-        Raises:
-            ValueError: if the backbone cannot be loaded, or its logits do not come from one linear layer.
-        """
-        import kornia.augmentation as K
-
-        self.heads = data.heads
-        self.network, self.preparation = backbone(self.backbone, self.pretrained, self.heads)
-        side = self.preparation["size"]["height"]
-        data.size = side
-        self.prepare = Preprocessing((side, side), self.preparation["image_mean"], self.preparation["image_std"])
-        self.last = last_linear(self.network, side)
-        self.network.train()  # loaded networks are in evaluation mode
-        self.augment = K.AugmentationSequential(
-            K.RandomHorizontalFlip(p=0.5),
-            K.RandomAffine(degrees=10, translate=(0.05, 0.05), scale=(0.9, 1.1), padding_mode="border", p=1.0),
-            K.ColorJiggle(0.2, 0.2, 0.2, 0.02, p=1.0),
-        )
-        # In the order of the heads: modules and buffers could not have the name of every column.
-        self.collected = nn.ModuleList(Verdicts() for _ in self.heads)
-        self.weights = nn.ParameterList(nn.Parameter(w, requires_grad=False) for w in self.class_weights(data))
-
-    def class_weights(self, data: LabelledFaces) -> list[Tensor]:
-        """For each head the weights of its classes: mean one over the training pictures if balanced, all one if not."""
-        weights = []
-        for head, classes in self.heads.items():
-            counts = Counter(picture.labels[head] for picture in data.pictures["train"])
-            total = sum(counts.values()) - counts[UNKNOWN]
-            rarity = [total / (len(classes) * counts[i]) if self.balance else 1.0 for i in range(len(classes))]
-            weights.append(torch.tensor(rarity))
-        return weights
-
-    def logits(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Logits of each head, for pictures as floats in [0, 1]."""
-        return self.network(self.prepare(pixels)).logits.split([len(classes) for classes in self.heads.values()], 1)
-
-    @override
-    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
-        pixels = self.augment(batch[0].float() / 255)
-        if self.noise:
-            spread = self.noise * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
-            pixels = pixels + spread * torch.randn_like(pixels)
-        loss = sum(
-            head_loss(logits, batch[1][head], weights, self.smoothing)
-            for head, logits, weights in zip(self.heads, self.logits(pixels), self.weights, strict=True)
-        )
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self.logits(batch[0].float() / 255)
-        for head, values, collected in zip(self.heads, logits, self.collected, strict=True):
-            collected.update(values, batch[1][head])
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def gather_verdicts(self) -> None:
-        """Fill `verdicts` from what was collected, which starts anew."""
-        for head, collected in zip(self.heads, self.collected, strict=True):
-            self.verdicts[head] = collected.compute()
-            collected.reset()
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self.gather_verdicts()
-        figures = {head: head_figures(*self.verdicts[head], classes) for head, classes in self.heads.items()}
-        found = {head: f["balanced_accuracy"] for head, f in figures.items() if f["balanced_accuracy"] is not None}
-        for head, value in found.items():
-            self.log(f"validation/{head}", value, prog_bar=True, sync_dist=True)
-        self.log("validation/balanced_accuracy", sum(found.values()) / max(len(found), 1), sync_dist=True)
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self.gather_verdicts()
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        from transformers import get_scheduler
-
-        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=round(0.03 * steps), num_training_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    @torch.no_grad()
-    def calibrate(self) -> dict[str, float]:
-        """Divide the logits of each head by the temperature that suits the last evaluation's verdicts best.
-
-        The temperatures become part of the last layer, so that whoever loads the classifier has them.
-
-        Returns:
-            The temperature of each head.
-        """
-        temperatures = {head: temperature(*self.verdicts[head]) if self.calibrated else 1.0 for head in self.heads}
-        rows = [temperatures[head] for head, classes in self.heads.items() for _ in classes]
-        scale = torch.tensor(rows, device=self.last.weight.device)
-        self.last.weight.div_(scale[:, None])
-        if self.last.bias is not None:
-            self.last.bias.div_(scale)
-        return temperatures
-
-
-def head_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of one head over the pictures whose label is known, each times the weight of its class.
-
-    Args:
-        logits: with shape (B, K).
-        labels: class indices or `UNKNOWN`, int64 with shape (B,).
-        weights: of the classes, with shape (K,).
-        smoothing: of the labels, in [0, 1).
-
-    Returns:
-        A scalar; a zero that still carries a graph where no label is known.
-    """
-    known = labels != UNKNOWN
-    if not known.any():
-        return logits.sum() * 0
-    losses = cross_entropy(logits[known], labels[known], label_smoothing=smoothing, reduction="none")
-    return (losses * weights[labels[known]]).mean()
+from fairness_dft.classifiers.calibration import at_a_bound, head_figures
+from fairness_dft.classifiers.training import ClassifierTraining
+from fairness_dft.cli.commands import new_folder, resumable, run_main
+from fairness_dft.cli.lightning_cli import OneLineCLI
+from fairness_dft.datasets.base import SPLITS, LabelledFaces
+from fairness_dft.files import resolve
+from fairness_dft.reports.classifier_card import model_card, table
+from fairness_dft.training.interruption import GracefulStop
 
 
 class ClassifierCLI(OneLineCLI):

@@ -4,15 +4,15 @@ from pathlib import Path
 
 from lightning import Trainer
 
-from fairness_dft.adapters import TextEncoderLoRA
+from fairness_dft.adapters.lora import TextEncoderLoRA
 from fairness_dft.attributes import Attribute
-from fairness_dft.classifiers import Judge
-from fairness_dft.diffusion import StableDiffusion
+from fairness_dft.classifiers.judge import Judge
+from fairness_dft.diffusion.stable_diffusion import StableDiffusion
 from fairness_dft.features import Clip, Dino
-from fairness_dft.module import FairFinetuning
 from fairness_dft.portraits.base import judges
-from fairness_dft.prompts import OccupationPrompts
-from fairness_dft.sampler import Sampler
+from fairness_dft.prompts.datamodule import OccupationPrompts
+from fairness_dft.sampling.sampler import Sampler
+from fairness_dft.training.module import FairFinetuning
 
 PORTRAITS = Path(__file__).parents[1] / "data" / "portraits"
 

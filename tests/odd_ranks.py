@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fairness_dft.faces import ALIGNED_LANDMARKS, ALIGNED_SIZE, Faces, WholeFrame
+from fairness_dft.faces.crops import ALIGNED_LANDMARKS, ALIGNED_SIZE
+from fairness_dft.faces.finders import Faces, WholeFrame
 
 
 class BlindRank(WholeFrame):

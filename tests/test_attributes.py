@@ -65,7 +65,7 @@ def test_a_target_that_does_not_fit_is_refused(target: object, message: str) -> 
         distribution(Attribute("race", target), SKINS)
 
 
-@pytest.mark.parametrize("field", ["confidence", "factor1", "factor2"])
+@pytest.mark.parametrize("field", ["confidence", "semantics_factor", "face_gradient_factor"])
 @pytest.mark.parametrize("value", [-0.01, 1.01, float("nan")])
 def test_a_number_out_of_its_range_is_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"attribute.{field} must be between 0 and 1, but got {value}"):
@@ -74,8 +74,8 @@ def test_a_number_out_of_its_range_is_refused(field: str, value: float) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_the_ends_of_the_range_are_allowed(value: float) -> None:
-    attribute = Attribute(confidence=value, factor1=value, factor2=value)
-    assert attribute.confidence == attribute.factor1 == attribute.factor2 == value
+    attribute = Attribute(confidence=value, semantics_factor=value, face_gradient_factor=value)
+    assert attribute.confidence == attribute.semantics_factor == attribute.face_gradient_factor == value
 
 
 def test_several_attributes_are_independent_and_uniform_by_default() -> None:
@@ -108,9 +108,9 @@ def test_targets_of_prompts_stand_beside_the_default() -> None:
 
 @pytest.mark.parametrize("name", ["gender×age", ["gender", "age"], ["gender×age"]])
 def test_a_product_is_named_like_one(name: str | list[str]) -> None:
-    attribute = Attribute(name, factor1={"gender": 0.2, "age": 0.6}, confidence=0.7)
+    attribute = Attribute(name, semantics_factor={"gender": 0.2, "age": 0.6}, confidence=0.7)
     assert attribute.names == ("gender", "age") and attribute.label == "gender×age"
-    assert [attribute.setting("factor1", name) for name in attribute.names] == [0.2, 0.6]
+    assert [attribute.setting("semantics_factor", name) for name in attribute.names] == [0.2, 0.6]
     assert [attribute.setting("confidence", name) for name in attribute.names] == [0.7, 0.7]
 
 
@@ -140,9 +140,12 @@ def test_a_joint_target_that_does_not_fit_is_refused(target: object, message: st
         ({"name": []}, "attribute.name must be one attribute or several different ones, but got"),
         ({"name": ["age", "age"]}, "several different ones"),
         ({"name": ["gender×age", "age"]}, "several different ones"),
-        ({"factor1": {"race": 0.5}}, "attribute.factor1 must be one number, or one for each of gender, but got"),
         (
-            {"name": ["gender", "age"], "factor2": {"age": 0.5}},
+            {"semantics_factor": {"race": 0.5}},
+            "attribute.semantics_factor must be one number, or one for each of gender, but got",
+        ),
+        (
+            {"name": ["gender", "age"], "face_gradient_factor": {"age": 0.5}},
             "one number, or one for each of gender, age",
         ),
         ({"confidence": {"gender": 2}}, "attribute.confidence must be between 0 and 1, but got {'gender': 2}"),

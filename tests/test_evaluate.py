@@ -15,11 +15,12 @@ from miniature import PORTRAITS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fairness_dft.cli import run_main
-from fairness_dft.evaluate import main, warn_of_what_is_not_read
-from fairness_dft.finished_run import FinishedRun
+from fairness_dft.audits.images import directory
+from fairness_dft.audits.warnings import warn_of_what_is_not_read
+from fairness_dft.cli.commands import run_main
+from fairness_dft.cli.finished_run import FinishedRun
+from fairness_dft.evaluate import main
 from fairness_dft.fit import main as fit
-from fairness_dft.image_store import directory
 
 ROOT = PORTRAITS.parents[1]
 QUICKSTART = f"--config={ROOT / 'experiments' / 'quickstart.yaml'}"
@@ -30,7 +31,7 @@ def counts(results: Path) -> dict:
     """The number of images of each class, by judge, attribute and model."""
     bias = json.loads((results / "results.json").read_text())["bias"]
     return {
-        (judge, name, model): (models[model]["counts"], models[model]["faceless"])
+        (judge, name, model): (models[model]["counts"], models[model]["no_face"])
         for judge, seen in bias.items()
         for name, models in seen.items()
         for model in ("original", "ema")
@@ -131,7 +132,7 @@ def test_images_that_others_made_are_judged_alike(audit: Path, tmp_path: Path) -
     main([*FEW, f"--output={tmp_path}", "--name=single", f"--images={tmp_path / 'one'}"])
     order = sorted(range(2), key=lambda i: content["run"]["test_prompts"][i])
     expected = {
-        key: ([rows[i] for i in order], [faceless[i] for i in order]) for key, (rows, faceless) in counts(audit).items()
+        key: ([rows[i] for i in order], [no_face[i] for i in order]) for key, (rows, no_face) in counts(audit).items()
     }
     assert counts(tmp_path / "pair") == counts(tmp_path / "whole") == expected
     single = counts(tmp_path / "single")
@@ -206,14 +207,14 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     several.mkdir()
     for name in ("a", "b"):
         save_file(state, several / f"{name}.safetensors")
-    (tmp_path / "faceless" / "nobody").mkdir(parents=True)
+    (tmp_path / "no_face" / "nobody").mkdir(parents=True)
     for i in range(3):
-        Image.new("RGB", (64, 64), (90 * i, 90, 90)).save(tmp_path / "faceless" / "nobody" / f"{i}.png")
-    shutil.copytree(tmp_path / "faceless", tmp_path / "lonely")
+        Image.new("RGB", (64, 64), (90 * i, 90, 90)).save(tmp_path / "no_face" / "nobody" / f"{i}.png")
+    shutil.copytree(tmp_path / "no_face", tmp_path / "lonely")
     for i in range(2):
         (tmp_path / "lonely" / "nobody" / f"{i}.png").unlink()
     for more, said in (
-        ([f"--images={tmp_path / 'faceless'}", "--name=faceless_audit"], "no image shows a face, as the detectors"),
+        ([f"--images={tmp_path / 'no_face'}", "--name=faceless_audit"], "no image shows a face, as the detectors"),
         ([f"--images={tmp_path / 'lonely'}"], "1 image a prompt cannot show a bias: give at least 2"),
         (["--adapter=nowhere"], "'nowhere' is no safetensors file, nor a folder with any"),
         ([f"--adapter={tmp_path / 'text.safetensors'}"], "could not be read"),
@@ -288,7 +289,7 @@ def test_a_model_that_changed_under_its_path_is_not_mixed_in(
     main(few)
     assert "warning: the text encoder does not read the end of a prompt: 'a person" in capsys.readouterr().err
     content = json.loads((tmp_path / "mine" / "results.json").read_text())
-    assert list(content["run"]["unread"]) == [prompt.strip()]
+    assert list(content["run"]["truncated_text"]) == [prompt.strip()]
     (tmp_path / "mine" / "results.json").unlink()
     main(few)  # stopped before its end, it goes on
     file = model / "vae" / "diffusion_pytorch_model.safetensors"
@@ -333,7 +334,7 @@ def test_images_of_prompts_that_name_attributes_tell_obedience(audit: Path, tmp_
     assert found["concepts"].keys() == {"named", "images"}
     gender = found["bias"]["training"]["gender"]["original"]
     of = dict(zip(gender["classes"], gender["counts"][order], strict=True))
-    obeyed = found["obedience"]["training"]["gender"]["original"]
+    obeyed = found["prompt_adherence"]["training"]["gender"]["original"]
     assert obeyed["images"] == sum(of.values()) and obeyed["share"] == pytest.approx(of["woman"] / sum(of.values()))
     assert gender["prompts_naming"] == 1 and gender["per_prompt"][order] is None
     assert gender["bias"] == gender["per_prompt"][1 - order]

@@ -13,16 +13,16 @@ from miniature import PORTRAITS
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from fairness_dft.cli import run_main
+from fairness_dft.cli.commands import run_main
+from fairness_dft.cli.finished_run import FinishedRun
 from fairness_dft.export import KOHYA_FILE, main
-from fairness_dft.finished_run import FinishedRun
 from fairness_dft.fit import main as fit
 
 ROOT = PORTRAITS.parents[1]
 KINDS = {
     "text_encoder": ("fairness_dft.adapters.TextEncoderLoRA", {"rank": 3, "alpha": 2.0, "strength": 2.5}),
     "both": ("fairness_dft.adapters.Combined", {}),
-    "prefix": ("fairness_dft.prompt_prefix.PromptPrefix", {"length": 2}),
+    "prefix": ("fairness_dft.adapters.PromptPrefix", {"length": 2}),
 }
 SCALE = {"text_encoder": 0.5, "both": 1.0, "prefix": 1.0}
 PROMPT = "a portrait of a chef"
@@ -203,18 +203,20 @@ def test_a_run_leaves_the_machine_and_the_prompts_that_it_was_made_with(run: tup
 
 
 def test_a_card_tells_whether_prompts_were_obeyed() -> None:
-    from fairness_dft.model_card import limits
+    from fairness_dft.reports.adapter_card import limits
 
-    assert "still be obeyed; this was not measured here." in limits(None) and limits({"obedience": {}}) == limits(None)
+    assert "still be obeyed; this was not measured here." in limits(None) and limits(
+        {"prompt_adherence": {}}
+    ) == limits(None)
     seen = {"independent": {"age": {"original": {"share": 0.91}, "ema": {"share": 0.88}}}}
-    told = limits({"obedience": seen})
+    told = limits({"prompt_adherence": seen})
     assert (
         "obeyed; it was in a share of the pictures of 0.91 before and 0.88 after (age, independent classifier)." in told
     )
 
 
 def test_a_card_tells_the_distance_from_unequal_targets() -> None:
-    from fairness_dft.model_card import distance_rows
+    from fairness_dft.reports.adapter_card import distance_rows
 
     side = {"bias": 0.5, "distance": {"total_variation_by_prompt": 0.3, "total_variation_by_prompt_floor": 0.1}}
     side["distance"] |= {"total_variation_by_prompt_low": 0.2, "total_variation_by_prompt_high": 0.4}

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from fairness_dft.detectors import InsightFace
 from fairness_dft.face_bank import main
-from fairness_dft.features import FaceEmbedding, FaceRealism
+from fairness_dft.faces.detectors import InsightFace
+from fairness_dft.faces.realism import FaceEmbedding, FaceRealism
 from fairness_dft.portraits.world import DATA
 
-DETECTOR = f"""--faces.detectors=[{{"class_path": "fairness_dft.detectors.InsightFace",
+DETECTOR = f"""--faces.detectors=[{{"class_path": "fairness_dft.faces.InsightFace",
  "init_args": {{"name": "{DATA / "detector"}", "size": [64, 64]}}}}]"""
 
 

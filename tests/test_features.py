@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPModel, Dinov2Model
 
-from fairness_dft.features import NETWORK, Clip, Dino, FaceEmbedding, FaceRealism, FeatureNet
+from fairness_dft.faces.realism import NETWORK, FaceEmbedding, FaceRealism
+from fairness_dft.features import Clip, Dino, FeatureNet
 
 TEXTS = ["a chef", "", "a portrait of an old violinist, a person"]  # the last is longer than what the tower reads
 

@@ -13,8 +13,8 @@ from miniature import PORTRAITS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fairness_dft.cli import run_main
-from fairness_dft.finished_run import FinishedRun
+from fairness_dft.cli.commands import run_main
+from fairness_dft.cli.finished_run import FinishedRun
 from fairness_dft.fit import main as fit
 from fairness_dft.generate import main, slug
 

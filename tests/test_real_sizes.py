@@ -17,10 +17,11 @@ from miniature import finetuning, prompts, trainer
 from tiny import tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fairness_dft.adapters import Combined, TextEncoderLoRA, UNetLoRA
-from fairness_dft.diffusion import StableDiffusion
-from fairness_dft.prompt_prefix import PromptPrefix
-from fairness_dft.sampler import Sampler
+from fairness_dft.adapters.combined import Combined
+from fairness_dft.adapters.lora import TextEncoderLoRA, UNetLoRA
+from fairness_dft.adapters.prompt_prefix import PromptPrefix
+from fairness_dft.diffusion.stable_diffusion import StableDiffusion
+from fairness_dft.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.large
 

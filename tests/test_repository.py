@@ -29,13 +29,3 @@ def test_every_requirement_is_used():
     imported = set(re.findall(r"^ *(?:from (?=[\w.]+ import )|import )(\w+)", code, re.MULTILINE))
     assert required - imported - USED_BY_OTHERS == set()
     assert imported - required - set(sys.stdlib_module_names) - {"fairness_dft"} == set()
-
-
-def test_files_import_only_from_files_above_them_in_architecture():
-    rows = re.findall(r"^\| ((?:`[\w/]+(?:\.py)?`(?:, )?)+) \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
-    place = {name: i for i, row in enumerate(rows) for name in re.findall(r"`(\w+)(?:\.py|/)`", row)}
-    files = {path.stem for path in (ROOT / "fairness_dft").glob("*.py")} - {"__init__"}
-    assert files == place.keys() - {"portraits"}
-    for name in files:
-        imported = re.findall(r"from fairness_dft\.(\w+)", (ROOT / "fairness_dft" / f"{name}.py").read_text())
-        assert all(place[other] <= place[name] for other in imported), (name, imported)

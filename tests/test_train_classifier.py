@@ -29,13 +29,15 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from fairness_dft.classifier_backbone import last_linear
-from fairness_dft.classifier_card import at_a_bound, head_figures, model_card, temperature
-from fairness_dft.classifiers import ImageClassifier
-from fairness_dft.labelled_faces import UNKNOWN, LabelledFolder, Pictures
+from fairness_dft.classifiers.backbone import last_linear
+from fairness_dft.classifiers.calibration import at_a_bound, head_figures, temperature
+from fairness_dft.classifiers.image_classifier import ImageClassifier
+from fairness_dft.classifiers.training import ClassifierTraining, head_loss
+from fairness_dft.datasets.base import UNKNOWN, LabelledFolder, Pictures
 from fairness_dft.portraits.draw import AGES, GENDERS, SKINS
 from fairness_dft.portraits.training import draw_portraits
-from fairness_dft.train_classifier import ClassifierTraining, head_loss, main
+from fairness_dft.reports.classifier_card import model_card
+from fairness_dft.train_classifier import main
 
 NAMES = {"gender": GENDERS, "race": SKINS, "age": AGES}
 
@@ -73,7 +75,7 @@ def flags(faces: Path, backbone: Path, output: Path, **more: object) -> list[str
         "seed_everything": 0,
         "model.backbone": backbone,
         "model.learning_rate": 1e-2,
-        "data": "fairness_dft.labelled_faces.LabelledFolder",
+        "data": "fairness_dft.datasets.LabelledFolder",
         "data.init_args.folder": faces,
         "data.init_args.workers": 0,
         "data.init_args.batch_size": 32,
@@ -399,7 +401,7 @@ def test_every_classifier_experiment_asks_for_its_data(file: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_the_command_ends_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fairness_dft.train_classifier", "--data=fairness_dft.face_datasets.FairFace"]
+    command = [sys.executable, "-m", "fairness_dft.train_classifier", "--data=fairness_dft.datasets.FairFace"]
     command += ["--data.init_args.folder", str(tmp_path / "missing"), "--output", str(tmp_path / "new")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --data: there is no folder")

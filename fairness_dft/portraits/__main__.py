@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 from transformers.utils import logging
 
-from fairness_dft.cli import run_main, writable
+from fairness_dft.cli.commands import run_main, writable
 from fairness_dft.portraits.base import base_bias
 from fairness_dft.portraits.classifiers import train_classifier
 from fairness_dft.portraits.detector import train_detector

@@ -4,16 +4,17 @@ from pathlib import Path
 
 import torch
 
-from fairness_dft.classifiers import FacePresence, ImageClassifier, Judge
-from fairness_dft.detectors import InsightFace
-from fairness_dft.diffusion import StableDiffusion
-from fairness_dft.faces import DetectedFaces
-from fairness_dft.metrics import FairnessMetric
+from fairness_dft.classifiers.image_classifier import FacePresence, ImageClassifier
+from fairness_dft.classifiers.judge import Judge
+from fairness_dft.diffusion.stable_diffusion import StableDiffusion
+from fairness_dft.faces.detectors import InsightFace
+from fairness_dft.faces.finders import DetectedFaces
+from fairness_dft.metrics.fairness_metric import FairnessMetric
 from fairness_dft.portraits.classifiers import CROP, MARGIN
 from fairness_dft.portraits.detector import SCRFD_FOLDER
 from fairness_dft.portraits.draw import SIZE
-from fairness_dft.prompts import OccupationPrompts
-from fairness_dft.sampler import Sampler
+from fairness_dft.prompts.datamodule import OccupationPrompts
+from fairness_dft.sampling.sampler import Sampler
 
 ATTRIBUTES = ("gender", "race", "age")
 SAMPLER = Sampler(steps=6, guidance_scale=1.75, checkpoint=False, decode_chunk=64)  # as the experiments test
@@ -57,7 +58,7 @@ def base_bias(folder: Path, images_per_prompt: int = 48) -> dict:
         for name, judge in both.items():
             verdict = judge(images)
             for attribute in ATTRIBUTES:
-                metrics[name, attribute].update(batch.index, verdict.classes(attribute), verdict.face)
+                metrics[name, attribute].update(batch.index, verdict.classes(attribute), verdict.has_face)
     figures: dict[str, dict] = {"sampler": {"steps": SAMPLER.steps, "guidance_scale": SAMPLER.guidance_scale}}
     figures |= {name: {} for name in both}
     for (name, attribute), metric in metrics.items():

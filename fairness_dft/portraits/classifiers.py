@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageClassification, PretrainedConfig, ResNetConfig, ViTConfig
 
-from fairness_dft.faces import square_crops
-from fairness_dft.labelled_faces import SPLITS
+from fairness_dft.datasets.base import SPLITS
+from fairness_dft.faces.crops import square_crops
 from fairness_dft.portraits.draw import SIZE
 from fairness_dft.portraits.heads import (
     ATTRIBUTES,
@@ -77,7 +77,7 @@ def views(portraits: Portraits, which: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def write_pictures(folder: Path, which: str, autoencoder: AutoencoderKL, counts: dict[str, int]) -> None:
-    """A folder of pictures with a labels.csv, for `fairness_dft.labelled_faces.LabelledFolder`.
+    """A folder of pictures with a labels.csv, for `fairness_dft.datasets.LabelledFolder`.
 
     Args:
         folder: to write to.

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 
-from fairness_dft.detectors import FaceDetector, InsightFace, YuNet
+from fairness_dft.faces.detectors import FaceDetector, InsightFace, YuNet
 from fairness_dft.portraits.draw import SIZE, draw
 from fairness_dft.portraits.text_to_image import reconstruct
 from fairness_dft.portraits.training import count_parameters, optimise

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from fairness_dft.networks.preprocessing import Preprocessing
 from fairness_dft.portraits.draw import AGES, GENDERS, SIZE, SKINS
 from fairness_dft.portraits.training import LOOK
 from fairness_dft.portraits.world import subjects
-from fairness_dft.preprocessing import Preprocessing
 
 Heads = dict[str, tuple[str, ...]]
 

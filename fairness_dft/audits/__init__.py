@@ -1,0 +1,1 @@
+"""Audits: what is measured without training anything, a model or images that others made."""

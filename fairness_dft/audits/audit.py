@@ -1,0 +1,121 @@
+"""What an audit looks at: a model that draws, with its images kept on disk, or images that others made."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+from typing_extensions import override
+
+from fairness_dft.adapters.base import Name
+from fairness_dft.adapters.external import NoAdapter
+from fairness_dft.alignment.targets import PromptTargets
+from fairness_dft.audits.images import ImageFolder, ImageStore
+from fairness_dft.classifiers.judge import Judge
+from fairness_dft.diffusion.any_pipeline import AnyPipeline
+from fairness_dft.prompts.batches import PromptBatch
+from fairness_dft.prompts.files import Prompt
+from fairness_dft.reports.grid import GridRow, GridSide, comparison_grid
+from fairness_dft.reports.html import Grid
+from fairness_dft.training.module import FairFinetuning
+
+AT_ONCE = 64  # images that are drawn, or read, at a time
+PICTURED = 12  # images of a prompt in the report
+
+
+class Audit(FairFinetuning):
+    """A model that is looked at, or images that others made.
+
+    Attributes:
+        source: where images come from.
+    """
+
+    source: ImageStore | ImageFolder
+
+    @override
+    def configure_model(self) -> None:
+        if isinstance(self.source, ImageStore):
+            return super().configure_model()
+        if not self.loaded:
+            self.judge.load()
+            self.targets = PromptTargets(self.attribute, self.judge.classes)
+            for network in self.features:
+                network.load()
+            self.loaded = True
+
+    @override
+    @torch.no_grad()
+    def compare(self, batch: PromptBatch, names: Sequence[Name]) -> dict[str, Tensor]:
+        if not isinstance(self.generator, AnyPipeline):
+            return super().compare(batch, names)
+        steps, scale = self.evaluation_sampler.steps, self.evaluation_sampler.guidance_scale
+        drawn = {}
+        for name in names:
+            with self.adapter.using(name):
+                drawn[name] = self.generator.draw(batch.prompt.text, batch.seeds, steps, scale)
+        return drawn
+
+    @property
+    def models(self) -> list[str]:
+        """Which models are looked at: `original`, and `ema` where there is an adapter or a pair of folders."""
+        if isinstance(self.source, ImageFolder):
+            return self.source.models
+        return ["original"] if type(self.adapter) is NoAdapter else ["original", "ema"]
+
+    @override
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
+        if isinstance(self.source, ImageFolder):
+            text = self.source.prompts[batch.index]
+            return {model: self.source.images(model, text, batch.seeds) for model in self.models}
+        return {model: self.draw(model, batch) for model in self.models}
+
+    def draw(self, model: str, batch: PromptBatch) -> Tensor:
+        """A model's images of a batch, drawn as a finetuning is tested where they are not there yet."""
+
+        def make(seeds: Tensor) -> Tensor:
+            return self.compare(replace(batch, seeds=seeds), (model,))[model]
+
+        chunks = batch.seeds.split(AT_ONCE)
+        return torch.cat([self.source.images(model, batch.prompt.text, chunk, make) for chunk in chunks])
+
+
+class FolderPrompts:
+    """The images of an `ImageFolder`, their numbers for seeds, some at a time.
+
+    Args:
+        folder: the images.
+        prompts: what they are of, in the folder's order.
+    """
+
+    def __init__(self, folder: ImageFolder, prompts: Sequence[Prompt]) -> None:
+        self.batches = [
+            PromptBatch(prompt=prompt, index=index, seeds=numbers)
+            for index, (text, prompt) in enumerate(zip(folder.prompts, prompts, strict=True))
+            for numbers in torch.arange(len(folder.files["original"][text])).split(AT_ONCE)
+        ]
+        self.prompt_count = len(folder.prompts)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        return iter(self.batches)
+
+
+def grids(module: Audit, judge: Judge, loader: Iterable[PromptBatch]) -> Grid:
+    """Draws the pictures of a prompt, by its index, as a judge sees them."""
+    classes = {name: judge.classes(name) for name in module.attribute.names}
+    batches = {batch.index: batch for batch in reversed(list(loader))}  # the first of each prompt
+
+    @torch.no_grad()
+    def grid(index: int) -> Image.Image:
+        row = GridRow(batches[index].prompt.text)
+        few = replace(batches[index], seeds=batches[index].seeds[:PICTURED].to(module.device))
+        for model, images in module.test_step(few, index).items():
+            verdict = judge(images)
+            seen = torch.stack([verdict.classes(name) for name in classes], 1)
+            row.sides[model] = GridSide(images.cpu(), seen.cpu(), verdict.has_face.cpu())
+        return comparison_grid([row], classes)
+
+    return grid

@@ -1,0 +1,120 @@
+"""What a classifier is trained from: any image classifier of Hugging Face, with new heads."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fairness_dft.files import on_hub, one_line, quiet, resolve
+from fairness_dft.networks.preprocessing import Preprocessing
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+BILINEAR = 2  # PIL.Image.Resampling.BILINEAR, as Hugging Face writes it
+
+
+def backbone(path: str, pretrained: bool, heads: dict[str, tuple[str, ...]]) -> tuple[nn.Module, dict[str, Any]]:
+    """An image classifier with new heads, and what its preprocessor_config.json says.
+
+    Args:
+        path: hub id or folder.
+        pretrained: whether to start from its weights.
+        heads: the classes of each head.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    labels = dict(enumerate(f"{head}/{name}" for head, classes in heads.items() for name in classes))
+    settings = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+    folder = resolve(path)
+    source = str(folder) if folder.is_dir() else path
+    options: dict[str, Any] = {"local_files_only": folder.is_dir() or not on_hub(path)}
+    try:
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            if pretrained and any(folder.glob("*.bin")):
+                raise OSError("its weights are pickled: convert them to safetensors")
+            pretrained = False
+        with quiet():
+            config = AutoConfig.from_pretrained(source, **options, **settings)
+            if pretrained:
+                network = AutoModelForImageClassification.from_pretrained(
+                    source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **options
+                )
+            else:
+                network = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+        return network, preparation(source, config, options)
+    except Exception as error:  # each file format raises its own
+        raise ValueError(
+            f"--model.backbone: {path!r} could not be loaded ({one_line(error)[:200].rstrip('.')}): give an image "
+            "classifier of the Hugging Face hub where the network can be reached, or a local folder"
+        ) from error
+
+
+def preparation(source: str, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What preprocessor_config.json says: the backbone's or, without one, ImageNet's colors at its size or at 224 px.
+
+    Raises:
+        ValueError: if the backbone's is broken, or not of square pictures.
+    """
+    from transformers.utils import cached_file
+
+    file = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **options)
+    if file is None:
+        size, colors = getattr(config, "image_size", None) or 224, dict(IMAGENET)
+        size = (size, size) if isinstance(size, int) else tuple(size)
+    else:
+        given = Preprocessing.from_file(file)
+        size = given.size
+        colors = {"image_mean": given.mean.flatten().tolist(), "image_std": given.deviation.flatten().tolist()}
+    if size[0] != size[1]:
+        raise ValueError(f"it reads pictures of {size[0]} x {size[1]} pixels, but must read square ones")
+    return {
+        "image_processor_type": "ViTImageProcessor",  # the plain one: resize, rescale, normalise
+        "do_resize": True,
+        "size": {"height": size[0], "width": size[1]},
+        "resample": BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        **colors,
+    }
+
+
+def last_linear(network: nn.Module, side: int) -> nn.Linear:
+    """The layer that gives a classifier's logits; what of the network does not reach them is frozen.
+
+    Args:
+        network: an image classifier.
+        side: of its pictures in pixels.
+
+    Raises:
+        ValueError: if the logits do not come from one linear layer.
+    """
+    count = network.config.num_labels
+    candidates = [
+        module for module in network.modules() if isinstance(module, nn.Linear) and module.out_features == count
+    ]
+    network.eval()
+    pictures = torch.rand(2, 3, side, side)
+    before = network(pictures).logits
+    before.sum().backward()
+    for parameter in network.parameters():
+        if parameter.grad is None:
+            parameter.requires_grad_(False)  # such as a mask token, for which DDP would wait in vain
+        parameter.grad = None
+    with torch.no_grad():
+        for layer in candidates:
+            parameters = [p for p in (layer.weight, layer.bias) if p is not None]
+            saved = [p.clone() for p in parameters]
+            for p in parameters:
+                p.mul_(0.5)
+            halved = network(pictures).logits
+            for p, values in zip(parameters, saved, strict=True):
+                p.copy_(values)
+            if torch.allclose(halved, before / 2, rtol=1e-3, atol=1e-5):
+                return layer
+    raise ValueError(
+        f"--model.backbone: the logits of {type(network).__name__} do not come from one linear layer, which "
+        "calibration needs; choose another image classifier"
+    )

@@ -1,0 +1,120 @@
+"""h, the frozen attribute classifiers: face crops in, one distribution p = softmax(h(x)) an attribute out.
+
+A classifier is a folder in Hugging Face's image-classification layout. Several attributes share one network
+as heads: a label "gender/woman" is the class *woman* of the head *gender*. Unless all labels name a head, there
+is one, named by `attribute`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import final
+
+from fairness_dft.attributes import attributes_of
+from fairness_dft.classifiers.base import AttributeClassifier
+from fairness_dft.classifiers.image_classifier import FacePresence, ImageClassifier
+from fairness_dft.faces.finders import FaceFinder, WholeFrame, whole_frame_boxes
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge sees in a batch of images.
+
+    Attributes:
+        logits: for each attribute, float with shape (N, K).
+        has_face: whether the image shows a face, bool with shape (N,); logits mean nothing where it does not.
+        boxes: face regions in pixels (left, top, right, bottom), float with shape (N, 4).
+        landmarks: eyes, nose and corners of the mouth in pixels, with shape (N, 5, 2); None if nobody looked for them.
+    """
+
+    logits: dict[str, Tensor]
+    has_face: Tensor
+    boxes: Tensor
+    landmarks: Tensor | None = None
+
+    def probabilities(self, attribute: str) -> Tensor:
+        """p, the class probabilities of one attribute, with shape (N, K)."""
+        return self.logits[attribute].softmax(-1)
+
+    def classes(self, attribute: str) -> Tensor:
+        """The most probable class, int64 with shape (N,), of one attribute or of a product, as in `Judge.classes`."""
+        index = torch.zeros_like(self.has_face, dtype=torch.long)
+        for name in attributes_of(attribute):
+            index = index * self.logits[name].shape[-1] + self.logits[name].argmax(-1)
+        return index
+
+
+@final
+class Judge(nn.Module):
+    """Finds the faces and classifies them: images in, a `Verdict` out.
+
+    Args:
+        classifier: reads the attributes from face crops.
+        faces: finds the faces.
+    """
+
+    def __init__(self, classifier: AttributeClassifier, faces: FaceFinder | None = None) -> None:
+        super().__init__()
+        self.classifier, self.faces = classifier, faces or WholeFrame()
+
+    @property
+    def asks_itself(self) -> bool:
+        """Whether one network finds the faces and classifies them, and so needs to run only once."""
+        both_from_folders = isinstance(self.faces, FacePresence) and isinstance(self.classifier, ImageClassifier)
+        return both_from_folders and self.faces.classifier.path == self.classifier.path
+
+    def load(self) -> None:
+        """Load both parts."""
+        self.classifier.load()
+        if self.asks_itself:
+            self.faces.classifier = self.classifier
+        self.faces.load()
+
+    def reads(self, attribute: str) -> bool:
+        """Whether the classifier has a head for an attribute, or for each one of a product."""
+        return all(name in self.classifier.heads for name in attributes_of(attribute))
+
+    def classes(self, attribute: str) -> tuple[str, ...]:
+        """Class names of one attribute, or of a product: "woman, dark" for gender×race.
+
+        Raises:
+            ValueError: if the classifier does not read it.
+        """
+        for name in attributes_of(attribute):
+            if name not in self.classifier.heads:
+                raise ValueError(
+                    f"the classifier does not read {name!r}, only {', '.join(self.classifier.heads)}: "
+                    "choose one of these, or a classifier with that head"
+                )
+        heads = [self.classifier.heads[name] for name in attributes_of(attribute)]
+        return tuple(", ".join(names) for names in product(*heads))
+
+    def every(self, images: Tensor) -> Verdict:
+        """Judge all faces of images with shape (N, 3, H, W), in [0, 1], one row for each and for each image without."""
+        faces, _ = self.faces.every(images)
+        return Verdict(self.classifier(faces.crops), faces.has_face, faces.boxes, faces.landmarks)
+
+    def forward(self, images: Tensor) -> Verdict:
+        """Judge images with shape (N, 3, H, W), in [0, 1]; differentiable in the logits."""
+        return self.submit(images)()
+
+    def submit(self, images: Tensor) -> Callable[[], Verdict]:
+        """Begin to find the faces, as `FaceFinder.begin` does; the function returned waits for them and classifies."""
+        if self.asks_itself:
+            return partial(self.look_once, images)
+        find = self.faces.submit(images)
+
+        def verdict() -> Verdict:
+            faces = find()
+            return Verdict(self.classifier(faces.crops), faces.has_face, faces.boxes, faces.landmarks)
+
+        return verdict
+
+    def look_once(self, images: Tensor) -> Verdict:
+        """Judge images by the one network that finds the faces and classifies them."""
+        logits = self.classifier(images)
+        return Verdict(logits, self.faces.present(logits), whole_frame_boxes(images))

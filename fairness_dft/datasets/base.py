@@ -1,0 +1,283 @@
+"""Pictures of faces with labels: what classifiers are trained on.
+
+Every data set becomes the same thing: for each split a list of `LabelledPicture`, and for each head (an attribute such
+as gender) its classes in the order of the labels. Labels are what annotators perceived. Here is what all data sets
+share, and the one that is any folder with a table; those that have layouts of their own are in face_datasets.py.
+"""
+
+import csv
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from typing_extensions import override
+
+from fairness_dft.files import one_line
+
+SPLITS = ("train", "validation", "test")
+UNKNOWN = -100  # a label that is not known; the loss and the metrics leave it out
+
+Row = tuple[str, Path, dict[str, str | None]]  # split, file, and for each head the name of a class, if it is known
+
+
+@dataclass(frozen=True)
+class LabelledPicture:
+    """A picture and the class of each head, by its index, or `UNKNOWN`."""
+
+    file: Path
+    labels: dict[str, int]
+
+
+class LabelledFaces(LightningDataModule, ABC):
+    """A data set of labelled pictures.
+
+    A batch is a pair: pictures, uint8 with shape (B, 3, size, size), and for each head int64 with shape (B,).
+
+    Args:
+        folder: where the data set lies, as it is distributed.
+        batch_size: pictures of a batch, on each GPU.
+        workers: processes that read pictures.
+
+    Attributes:
+        heads: after `read`, the classes of each head, in the order of the labels.
+        pictures: after `read`, those of each split.
+        size: side in pixels to which pictures are scaled; set by who trains.
+    """
+
+    def __init__(self, folder: str, batch_size: int = 64, workers: int = 4) -> None:
+        super().__init__()
+        if batch_size < 1 or workers < 0:
+            raise ValueError(
+                f"`batch_size` must be positive and `workers` not negative, but got {batch_size} and {workers}"
+            )
+        self.folder, self.batch_size, self.workers = Path(folder).expanduser(), batch_size, workers
+        self.heads: dict[str, tuple[str, ...]] = {}
+        self.pictures: dict[str, list[LabelledPicture]] = {}
+        self.size = 224
+
+    @abstractmethod
+    def rows(self) -> list[Row]:
+        """Split, file and class names of every picture; a head that a picture has no label for is None or left out.
+
+        Raises:
+            ValueError: if the folder does not hold the data set.
+        """
+
+    def read(self) -> None:
+        """Fill `heads` and `pictures`.
+
+        Raises:
+            ValueError: if there is no data set, a picture is missing, there is none to train or validate on, or a class
+                of a head that training would not see.
+        """
+        if self.pictures:
+            return
+        if not self.folder.is_dir():
+            raise ValueError(f"--data: there is no folder {str(self.folder)!r}")
+        rows = self.rows()
+        if missing := [(split, file) for split, file, _ in rows if not file.is_file()]:
+            split, file = missing[0]
+            raise ValueError(
+                f"--data: {len(missing)} of {len(rows)} pictures that the labels name are not there, such as "
+                f"{str(file)!r} of the split {split}"
+            )
+        names: dict[str, set[str]] = {}
+        for _, _, labels in rows:
+            for head, name in labels.items():
+                names.setdefault(head, set()).update({name} - {None})
+        names = {head: found for head, found in names.items() if found}
+        if odd := [head for head in names if not head or set("/×") & set(head)]:
+            raise ValueError(f"--data: the name of a head must not be empty or have / or × in it, but got {odd[0]!r}")
+        self.heads = {head: self.order(head, found) for head, found in names.items()}
+        index = {head: {name: i for i, name in enumerate(classes)} for head, classes in self.heads.items()}
+        pictures: dict[str, list[LabelledPicture]] = {split: [] for split in SPLITS}
+        for split, file, labels in rows:
+            known = {head: index[head].get(labels.get(head), UNKNOWN) for head in self.heads}
+            pictures[split].append(LabelledPicture(file, known))
+        for split in ("train", "validation"):
+            if not pictures[split]:
+                raise ValueError(f"--data: {str(self.folder)!r} has no pictures for the split {split}")
+        for head, classes in self.heads.items():
+            if len(classes) < 2:
+                raise ValueError(f"--data: {head} must have two classes or more, but all are {classes[0]!r}")
+            trained = {picture.labels[head] for picture in pictures["train"]}
+            if lacking := [name for i, name in enumerate(classes) if i not in trained]:
+                raise ValueError(f"--data: the split train has no picture of {head} {lacking[0]!r}")
+        self.pictures = pictures
+
+    def order(self, head: str, found: set[str]) -> tuple[str, ...]:
+        """The classes of a head, in the order of its labels: alphabetical."""
+        return tuple(sorted(found))
+
+    def loader(self, split: str) -> DataLoader:
+        """Batches of one split: shuffled for training; otherwise each rank has every n-th picture, and none twice."""
+        pictures: Dataset = Pictures(self.pictures[split], self.size)
+        ranks = self.trainer.world_size if self.trainer else 1
+        training, sampler = split == "train", None
+        if training and ranks > 1:
+            sampler = DistributedSampler(pictures, ranks, self.trainer.global_rank)
+        elif ranks > 1:
+            pictures = Subset(pictures, range(self.trainer.global_rank, len(pictures), ranks))
+        return DataLoader(
+            pictures,
+            self.batch_size,
+            shuffle=training and sampler is None,
+            sampler=sampler,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=training and len(pictures) >= self.batch_size * ranks,
+        )
+
+    @override
+    def train_dataloader(self) -> DataLoader:
+        return self.loader("train")
+
+    @override
+    def val_dataloader(self) -> DataLoader:
+        return self.loader("validation")
+
+    @override
+    def test_dataloader(self) -> DataLoader:
+        return self.loader(self.tested)
+
+    @property
+    def tested(self) -> str:
+        """The split that figures are measured on: test or, where there is none, validation."""
+        return "test" if self.pictures["test"] else "validation"
+
+
+class Pictures(Dataset):
+    """Reads and scales pictures.
+
+    Args:
+        pictures: their files and labels.
+        size: side in pixels; pictures that are not square are cropped about their middle.
+    """
+
+    def __init__(self, pictures: Sequence[LabelledPicture], size: int) -> None:
+        self.pictures, self.size = pictures, size
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, int]]:
+        """One picture, uint8 with shape (3, size, size), and its labels.
+
+        Raises:
+            ValueError: if the file cannot be read.
+        """
+        entry = self.pictures[index]
+        try:
+            with Image.open(entry.file) as opened:
+                picture = ImageOps.exif_transpose(opened).convert("RGB")
+        except Exception as error:  # each format raises its own
+            raise ValueError(f"--data: the picture {str(entry.file)!r} cannot be read: {one_line(error)}") from error
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        square = picture.crop((left, top, left + side, top + side))
+        scaled = square.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(scaled)).permute(2, 0, 1).contiguous(), entry.labels
+
+
+def table(file: Path, required: Sequence[str] = ()) -> list[tuple[str, dict[str, str]]]:
+    """Rows of a CSV file with a header, each with the words that tell where it is.
+
+    Raises:
+        ValueError: if it is not there, is not UTF-8, lacks a column or has rows of another length than the header.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
+            reader = csv.DictReader(opened)
+            rows = [(f"{str(file)!r}, line {reader.line_num}", row) for row in reader]
+            columns = list(reader.fieldnames or ())
+    except OSError:
+        raise ValueError(f"--data: there is no file {str(file)!r}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--data: {str(file)!r} is no CSV file in UTF-8: {error}") from None
+    if missing := [column for column in required if column not in columns]:
+        raise ValueError(
+            f"--data: {str(file)!r} lacks the column {missing[0]!r}; it has {', '.join(columns) or 'none'}"
+        )
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"--data: {str(file)!r} has two columns of the same name")
+    for where, row in rows:
+        if None in row or None in row.values():
+            raise ValueError(f"--data: {where}: it has not as many cells as the header")
+    return rows
+
+
+def allowed(where: str, column: str, value: str, names: Mapping[str, Any]) -> Any:
+    """What a cell stands for.
+
+    Raises:
+        ValueError: if it is none of the names.
+    """
+    if value not in names:
+        raise ValueError(f"--data: {where}: {column} must be one of {', '.join(names)}, but got {value!r}")
+    return names[value]
+
+
+def hashed_split(name: str) -> str:
+    """A split for a file of a data set without any: a tenth each for validation and test, always the same ones."""
+    digit = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
+    return "test" if digit == 0 else "validation" if digit == 1 else "train"
+
+
+class LabelledFolder(LabelledFaces):
+    """Any pictures, with a CSV file: columns `file`, optionally `split`, and one for each head.
+
+    An empty cell is a label that is not known. Without `split` (train, validation or test), a tenth each is held out
+    for validation and test.
+
+    Args:
+        folder: to which the files are relative.
+        labels: the CSV file, relative to the folder.
+        batch_size: pictures of a batch, on each GPU.
+        workers: processes that read pictures.
+        columns: the columns that are heads; all others but `file` and `split` by default.
+        classes: the order of a head's classes where it should not be alphabetical.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        labels: str = "labels.csv",
+        batch_size: int = 64,
+        workers: int = 4,
+        columns: Sequence[str] | None = None,
+        classes: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__(folder, batch_size, workers)
+        self.labels, self.columns, self.classes = labels, columns, dict(classes or {})
+
+    @override
+    def rows(self) -> list[Row]:
+        file = self.folder / self.labels
+        rows, splits = [], {}
+        for where, row in table(file, ("file", *(self.columns or ()))):
+            name = row["file"]
+            split = row.get("split") or hashed_split(name)
+            allowed(where, "split", split, dict.fromkeys(SPLITS))
+            if not name or splits.setdefault(name, split) != split:
+                raise ValueError(f"--data: {where}: file must be given, and in one split, but got {name!r}")
+            heads = self.columns or [column for column in row if column not in ("file", "split")]
+            rows.append((split, self.folder / name, {head: row[head] or None for head in heads}))
+        if not any(name for _, _, labels in rows for name in labels.values()):
+            raise ValueError(f"--data: {str(file)!r} has no labels: give one column for each head beside `file`")
+        return rows
+
+    @override
+    def order(self, head: str, found: set[str]) -> tuple[str, ...]:
+        given = tuple(self.classes.get(head, sorted(found)))
+        if set(given) != found:
+            raise ValueError(f"--data: `classes` of {head} must be {sorted(found)} in any order, but got {list(given)}")
+        return given

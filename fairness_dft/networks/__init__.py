@@ -1,0 +1,1 @@
+"""How frozen networks are loaded and called."""

@@ -1,0 +1,186 @@
+"""Batches of one prompt P with the noise seeds of its N images, reproducible and shared by all ranks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from fairness_dft.prompts.files import SPLITS, Prompt
+
+IMAGES = {
+    "train": "images_per_prompt",
+    "validation": "validation_images_per_prompt",
+    "test": "test_images_per_prompt",
+}
+ORDER_STREAM = len(SPLITS)  # the seeds of a split hash with its number, the orders with the next one
+POOL_STREAM = ORDER_STREAM + 1  # and the choice from the noise pool with the one after
+
+
+@dataclass(kw_only=True)
+class PromptBatch:
+    """What one step works on; seeds come last, because Lightning warns of a number after a tensor.
+
+    Attributes:
+        prompt: the prompt P, the same on every rank.
+        index: position of the prompt in its split.
+        noise_set: which of this prompt's sets of noises it is, where they come again; None for fresh noise.
+        seeds: one noise seed for each image of this rank, with shape (N / world size,), int64, non-negative.
+    """
+
+    prompt: Prompt
+    index: int
+    noise_set: int | None = None
+    seeds: Tensor
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether this prompt comes with these seeds again, so that it pays to remember the originals."""
+        return self.noise_set is not None
+
+
+def noise_seeds(seed: int, split: str, epoch: int, position: int, count: int) -> Tensor:
+    """Hashes a place in the run into the noise seeds of its images.
+
+    Args:
+        seed: the seed of the run, non-negative.
+        split: "train", "validation" or "test"; no two of them share a stream.
+        epoch: the epoch e; 0 in evaluation.
+        position: the position k of the batch in its epoch.
+        count: N; the first seeds do not depend on it.
+
+    Returns:
+        The seeds s_1, ..., s_N, with shape (N,), int64, in [0, 2^63).
+    """
+    words = _hash(seed, (SPLITS.index(split), epoch, position), count)
+    return torch.from_numpy((words >> np.uint64(1)).astype(np.int64))
+
+
+def _hash(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
+    return np.random.SeedSequence(seed, spawn_key=key).generate_state(count, np.uint64)
+
+
+class PromptLoader:
+    """Yields one `PromptBatch` a prompt: fixed order, fixed seeds.
+
+    A plain iterable and no `DataLoader`, into which Lightning would put a distributed sampler and whose
+    missing workers it would warn about, although there is nothing to load.
+
+    Args:
+        prompts: the prompts of the split.
+        split: "train", "validation" or "test".
+        seed: the seed of the run.
+        images_per_prompt: N, over all ranks.
+        rank: the index of this process.
+        world_size: the number of processes, which N must divide by.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        split: str,
+        seed: int,
+        images_per_prompt: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.prompts = prompts
+        self.split = split
+        self.seed = seed
+        self.images_per_prompt = images_per_prompt
+        self.rank = rank
+        self.world_size = world_size
+        check_divides(split, images_per_prompt, world_size)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for index in range(len(self.prompts)):
+            yield self.batch(epoch=0, position=index, index=index)
+
+    def batch(self, epoch: int, position: int, index: int) -> PromptBatch:
+        """Makes this rank's part of the batch with prompt `index` at `position` k of `epoch` e."""
+        seeds = noise_seeds(self.seed, self.split, epoch, position, self.images_per_prompt)
+        seeds = seeds.view(self.world_size, -1)[self.rank].clone()
+        return PromptBatch(prompt=self.prompts[index], index=index, seeds=seeds)
+
+
+class TrainingPromptLoader(PromptLoader):
+    """Yields the training prompts in another order every epoch, with fresh seeds or seeds from a pool.
+
+    The batches are one endless stream, of which each iteration takes the next `len(self)`. Whatever ends an
+    epoch early, be it `limit_train_batches` or an interruption, the next one goes on from there.
+
+    Args:
+        repeats: how many times each prompt comes in an epoch.
+        start: how many batches of the stream were trained on before.
+        prompts: the training prompts; this and the rest as in `PromptLoader`.
+        noise_pool: how many sets of N seeds each prompt has, of which every batch draws one; fresh seeds
+            for every batch if left out.
+    """
+
+    def __init__(
+        self,
+        repeats: Sequence[int],
+        start: int,
+        prompts: Sequence[Prompt],
+        noise_pool: int | None = None,
+        **loader: Any,
+    ) -> None:
+        super().__init__(prompts, "train", **loader)
+        self.noise_pool = noise_pool
+        self.slots = np.repeat(np.arange(len(prompts)), repeats)
+        self.next_batch = start
+
+    @override
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @override
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for _ in range(len(self)):
+            epoch, position = divmod(self.next_batch, len(self))
+            self.next_batch += 1
+            yield self.batch(epoch, position, index=int(self.order(epoch)[position]))
+
+    @override
+    def batch(self, epoch: int, position: int, index: int) -> PromptBatch:
+        if self.noise_pool is None:
+            return super().batch(epoch, position, index)
+        chosen = int(_hash(self.seed, (POOL_STREAM, epoch, position), 1)[0] % self.noise_pool)
+        return replace(super().batch(epoch=chosen, position=index, index=index), noise_set=chosen)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Returns π_e, the prompt index at every position of an epoch, with shape (len(self),)."""
+        return self.slots[np.argsort(_hash(self.seed, (ORDER_STREAM, epoch), len(self)), kind="stable")]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing; to have the method tells Lightning that the loader can resume in mid-epoch.
+
+        The data module starts the loader at the trainer's own count. A position stored here would be one too
+        far in a checkpoint written by an exception in mid-batch, and Lightning would not load it from one
+        written at the end of an epoch.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Has nothing to load."""
+
+
+def check_divides(split: str, images: int, world_size: int) -> None:
+    """Refuse a number of images that does not divide evenly among the ranks.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if images % world_size:
+        below = images - images % world_size
+        nearest = " or ".join(str(count) for count in (below, below + world_size) if count)
+        raise ValueError(
+            f"{IMAGES[split]} counts the images of all {world_size} processes together and must"
+            f" divide by {world_size}, but is {images}; the nearest to choose: {nearest}"
+        )

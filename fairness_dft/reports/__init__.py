@@ -1,0 +1,1 @@
+"""Results as data, tables, images and pages."""

@@ -1,0 +1,201 @@
+"""What measures a run in validation and test: bias, quality, pictures.
+
+Every monitor is handed the same images, those of the original, the trained and the averaged (EMA) model from the same
+prompts and noise; each has one concern.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from fairness_dft.attributes import TIMES, Attribute
+from fairness_dft.classifiers.judge import Judge, Verdict
+from fairness_dft.metrics.bias import BiasSummary, Watched
+from fairness_dft.metrics.fairness_metric import FairnessMetric, PairMetric
+from fairness_dft.prompts.batches import PromptBatch
+from fairness_dft.prompts.files import Prompt
+from fairness_dft.training.evaluation_callback import EvaluationCallback
+from fairness_dft.training.module import FairFinetuning
+
+TRAINING, INDEPENDENT = "training", "independent"
+
+
+class BiasMonitor(EvaluationCallback):
+    """Bias and class frequencies of each model, by the training judge and by one that training never saw.
+
+    Args:
+        attributes: which attributes, or products such as gender×race, are watched besides the aligned ones; those
+            that a judge does not read are left out.
+        independent_judge: a face finder and classifier trained apart from those that training learns from.
+        other_judges: further ones, by name.
+        every_face: count each of several faces in an image, instead of the largest. What the figures call images are
+            then faces, and images without any; how far judges agree is not told.
+
+    Attributes:
+        summaries: after an evaluation, a `BiasSummary` for each (judge, attribute, model).
+        agreement: after a test, for each (judge, other judge, attribute, model) the share of the images on which both
+            see a face that they read alike.
+        pairs: after a test of two models, for each (judge, attribute) how the images of each noise are read before and
+            after, as `PairMetric` counts them.
+    """
+
+    def __init__(
+        self,
+        attributes: tuple[str, ...] = ("gender", "race", "age", "gender×race"),
+        independent_judge: Judge | None = None,
+        other_judges: dict[str, Judge] | None = None,
+        every_face: bool = False,
+    ) -> None:
+        if odd := {TRAINING, INDEPENDENT} & (other_judges or {}).keys():
+            raise ValueError(f"`other_judges` must have names of their own, but got {odd.pop()!r}")
+        self.attributes, self.every_face = attributes, every_face
+        self.others = {INDEPENDENT: independent_judge} if independent_judge else {}
+        self.others |= other_judges or {}
+        self.metrics: dict[Watched, FairnessMetric] = {}
+        self.summaries: dict[Watched, BiasSummary] = {}
+        self.same: dict[tuple[str, str, str, str], MeanMetric] = {}
+        self.agreement: dict[tuple[str, str, str, str], float] = {}
+        self.paired: dict[tuple[str, str], PairMetric] = {}
+        self.pairs: dict[tuple[str, str], Tensor] = {}
+
+    def load(self) -> None:
+        """Load the judges that training does not learn from, once."""
+        for judge in self.others.values():
+            judge.load()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.load()
+
+    def judges(self, module: FairFinetuning) -> Iterator[tuple[str, Judge]]:
+        """The judges by name, the training judge first."""
+        yield TRAINING, module.judge
+        for name, judge in self.others.items():
+            yield name, judge.to(module.device)
+
+    def read_by(self, judge: Judge, aligned: Attribute) -> list[str]:
+        """The watched attributes that a judge reads, the aligned ones first."""
+        watched = dict.fromkeys((aligned.label, *aligned.names, *self.attributes))
+        return [name for name in watched if judge.reads(name)]
+
+    @override
+    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.metrics, self.same, self.paired = {}, {}, {}
+        loader = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
+        self.count = getattr(loader, "prompt_count", len(loader))  # a folder's prompts may come in several batches
+
+    @override
+    @torch.no_grad()
+    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+        read: dict[str, dict[str, Verdict]] = {}
+        for model, pictures in images.items():
+            verdicts = {
+                name: (judge, judge.every(pictures) if self.every_face else judge(pictures))
+                for name, judge in self.judges(module)
+            }
+            read[model] = {name: verdict for name, (_, verdict) in verdicts.items()}
+            for name, (judge, verdict) in verdicts.items():
+                for attribute in self.read_by(judge, module.attribute):
+                    metric = self.metric((name, attribute, model), judge).to(module.device)
+                    metric.update(batch.index, verdict.classes(attribute), verdict.has_face)
+            for name, other in () if self.every_face else combinations(verdicts, 2):
+                for attribute in self.read_by(verdicts[name][0], module.attribute):
+                    if (same := read_alike(attribute, *verdicts[name], *verdicts[other])) is not None:
+                        key = name, other, attribute, model
+                        mean = self.same.setdefault(key, MeanMetric(nan_strategy="ignore")).to(module.device)
+                        mean.update(same.float())
+
+        if not self.every_face and {"original", "ema"} <= read.keys():
+            self.pair(module, batch.index, read["original"], read["ema"])
+
+    def pair(
+        self, module: FairFinetuning, index: int, before: Mapping[str, Verdict], after: Mapping[str, Verdict]
+    ) -> None:
+        """Count how each judge reads the images of one prompt before and after."""
+        for name, judge in self.judges(module):
+            for attribute in self.read_by(judge, module.attribute):
+                key = name, attribute
+                if key not in self.paired:
+                    self.paired[key] = PairMetric(len(judge.classes(attribute)), self.count)
+                sides = (of for side in (before[name], after[name]) for of in (side.classes(attribute), side.has_face))
+                self.paired[key].to(module.device).update(index, *sides)
+
+    def check_names(self, prompts: Sequence[Prompt], training_judge: Judge) -> None:
+        """Refuse prompts that name what a judge does not know, and watch what they name.
+
+        Raises:
+            ValueError: if there is one.
+        """
+        if not any(prompt.names for prompt in prompts):
+            return
+        named = dict.fromkeys(attribute for prompt in prompts for attribute, _ in prompt.names)
+        self.attributes = tuple(dict.fromkeys((*self.attributes, *named)))
+        training_judge.load()
+        for judge in (training_judge, *self.others.values()):
+            for prompt in prompts:
+                refuse_unknown_names(prompt, judge)
+
+    def metric(self, key: Watched, judge: Judge) -> FairnessMetric:
+        """The metric of a (judge, attribute, model), made on first use."""
+        if key not in self.metrics:
+            self.metrics[key] = FairnessMetric(judge.classes(key[1]), self.count)
+        return self.metrics[key]
+
+    @override
+    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+        self.summaries = {key: metric.compute() for key, metric in self.metrics.items()}
+        if stage == "test":
+            self.agreement = {key: float(metric.compute()) for key, metric in self.same.items()}
+            self.pairs = {key: metric.compute().cpu() for key, metric in self.paired.items()}
+        prefix = "" if stage == "validation" else "test_"
+        for attribute, shares in module.targets.shares().items():
+            for name, share in shares.items():
+                module.log(f"{prefix}frequency_{attribute.replace(TIMES, '_')}/{name}_target", share, sync_dist=True)
+        for (judge, attribute, model), summary in self.summaries.items():
+            tag = attribute.replace(TIMES, "_")
+            group = f"{prefix}bias_{tag}"
+            if judge == TRAINING:
+                aligned = attribute == module.attribute.label and model == "ema" and stage == "validation"
+                module.log(f"{group}/{model}", summary.bias, prog_bar=aligned, sync_dist=True)
+                module.log(f"{group}/floor", summary.floor, sync_dist=True)
+                for name, share in zip(summary.classes, summary.frequencies, strict=True):
+                    module.log(f"{prefix}frequency_{tag}/{name}_{model}", share, sync_dist=True)
+                without = summary.no_face_share / max(summary.images, 1)
+                module.log(f"{prefix}faces/without_face_{model}", without, sync_dist=True)
+            else:
+                module.log(f"{group}/{model}_{judge}", summary.bias, sync_dist=True)
+
+
+def refuse_unknown_names(prompt: Prompt, judge: Judge) -> None:
+    """Refuse a prompt that names a class which a judge that reads the attribute does not know.
+
+    Raises:
+        ValueError: if it does.
+    """
+    for attribute, kind in prompt.names:
+        if kind is not None and judge.reads(attribute) and kind not in judge.classes(attribute):
+            raise ValueError(
+                f"the prompt {prompt.text!r} names {attribute} {kind!r}, but a classifier knows only "
+                f"{', '.join(judge.classes(attribute))}; take other prompts, or another name in their file"
+            )
+
+
+def read_alike(attribute: str, judge: Judge, verdict: Verdict, other: Judge, another: Verdict) -> Tensor | None:
+    """Whether two judges read the same class, for the images on which both see a face.
+
+    Returns:
+        bool with shape (n,); None if one does not read the attribute, or has other classes.
+    """
+    if not (judge.reads(attribute) and other.reads(attribute)):
+        return None
+    classes, others = judge.classes(attribute), other.classes(attribute)
+    if set(classes) != set(others):
+        return None
+    place = torch.tensor([classes.index(name) for name in others], device=verdict.has_face.device)
+    both = verdict.has_face & another.has_face
+    return (verdict.classes(attribute) == place[another.classes(attribute)])[both]

@@ -1,0 +1,158 @@
+"""How a run is stopped early, with a checkpoint to go on from: by Ctrl-C or SIGTERM, or where its loss is lost.
+
+Either way it ends after a whole step, because a checkpoint holds no accumulated gradients.
+"""
+
+import copy
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from fairness_dft.training.module import FairFinetuning
+
+
+def save_to_go_on(trainer: Trainer) -> Path:
+    """Save a checkpoint of a run that is stopped; every rank must call it."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
+    file = folder / f"stopped-step={trainer.global_step}.ckpt"
+    trainer.save_checkpoint(file)
+    return file
+
+
+class GracefulStop(Callback):
+    """Ends training after the step in which a signal came, with a checkpoint; a second signal ends it at once.
+
+    The run that is resumed from it is the one that was not stopped, up to rounding where noise is_repeated.
+    """
+
+    def __init__(self) -> None:
+        self.signal, self.step = 0, 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            if trainer.is_global_zero:  # not print, which a signal may have interrupted
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")
+
+        self.signal, self.step = 0, trainer.global_step
+        if not trainer.fast_dev_run:  # Lightning puts its own handlers back after the fit
+            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        stepped, self.step = trainer.global_step > self.step, trainer.global_step
+        if stepped:
+            self.obey(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.obey(trainer)  # the signal came in the last validation
+
+    def obey(self, trainer: Trainer) -> None:
+        """Save a checkpoint and end the run on all ranks, if any of them got a signal.
+
+        Raises:
+            SystemExit: with a status that tells the signal, on the first rank.
+        """
+        if trainer.strategy.reduce_boolean_decision(self.signal > 0, all=False):
+            file = save_to_go_on(trainer)
+            if trainer.is_global_zero:
+                print(f"stopped after step {trainer.global_step}; to go on, add --ckpt_path {file}", file=sys.stderr)
+            raise SystemExit(128 + (self.signal or signal.SIGTERM) if trainer.is_global_zero else 0)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
+            print("stopped at once, without another checkpoint", file=sys.stderr)
+
+
+class SkipNonFiniteSteps(Callback):
+    """Skips each optimizer step whose loss or gradient is not finite, on all ranks, and counts them.
+
+    Neither what is trained nor the optimizer's moments change in such a step. Where many follow each other, training
+    ends with a checkpoint of what was good: adapter, average and optimizer as they were before the last update, with
+    which loss and gradient were still finite. The update itself may be what broke them. Under `16-mixed`, which tries
+    ever larger scales of the loss, a step now and then is skipped, the first ones more often.
+
+    Args:
+        patience: how many steps in a row end the run.
+
+    Attributes:
+        skipped: how many steps were skipped.
+    """
+
+    def __init__(self, patience: int = 20) -> None:
+        if patience < 1:
+            raise ValueError(f"skip_non_finite_steps.patience must be at least 1, but got {patience}")
+        self.patience = patience
+        self.skipped, self.in_a_row = 0, 0
+        self.finite = True
+        self.good: dict[str, Any] = {}
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.finite &= bool(loss.isfinite())
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: FairFinetuning, optimizer: Optimizer) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flags = [gradient.isfinite().all() for gradient in gradients]
+        finite = self.finite and (not flags or bool(torch.stack(flags).all()))  # read from a GPU once
+        self.finite = True
+        if trainer.strategy.reduce_boolean_decision(not finite, all=False):
+            for parameter in parameters:
+                parameter.grad = None  # and the optimizer passes it over
+            self.skipped += 1
+            self.in_a_row += 1
+        else:
+            self.in_a_row = 0
+            self.put(pl_module, optimizer)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: FairFinetuning, *args: Any) -> None:
+        pl_module.log("skipped/steps", float(self.skipped), prog_bar=True)
+        if self.in_a_row >= self.patience:
+            self.in_a_row = 0
+            self.restore(pl_module)
+            file = save_to_go_on(trainer)
+            if not trainer.is_global_zero:
+                raise SystemExit(0)
+            raise ValueError(
+                f"the loss or its gradient was not finite in {self.patience} steps in a row, which were skipped; the "
+                f"last adapter that was good is in {file}: go on from there (--ckpt_path) with a smaller "
+                "--model.learning_rate, or with --trainer.precision 32-true"
+            )
+
+    def put(self, module: FairFinetuning, optimizer: Optimizer) -> None:
+        """Keep what is about to change."""
+        adapters = {name: module.adapter.state_dict(name) for name in ("trained", "ema")}
+        self.good = copy.deepcopy({"adapters": adapters, "moments": optimizer.state_dict()}) | {"optimizer": optimizer}
+
+    def restore(self, module: FairFinetuning) -> None:
+        """Go back to what was kept, if anything was."""
+        if self.good:
+            for name, state in self.good["adapters"].items():
+                module.adapter.load_state_dict(state, name)
+            self.good["optimizer"].load_state_dict(self.good["moments"])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]

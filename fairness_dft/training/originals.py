@@ -1,0 +1,243 @@
+"""What training needs to know of the frozen model's images, remembered from one visit to the next.
+
+The image o of the frozen model, from the same prompt and noise as the trained model's x, never changes, and training
+needs a few kilobytes of it: embeddings, class, box. In memory they last for a run. In a folder they last for all runs
+that sample the same images and look at them with the same networks: the name of an image's file hashes everything that
+it depends on, the content of the networks included, so that another model never meets them. Files are complete or not
+there at all, whatever processes share the folder and whenever one of them dies.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fairness_dft.classifiers.judge import Verdict
+from fairness_dft.faces.detectors import FaceDetector
+from fairness_dft.prompts.batches import PromptBatch
+
+FORMAT = 1  # of a file; another one where what is remembered is computed in another way
+PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.Size)
+
+
+@dataclass(frozen=True)
+class Original:
+    """What training needs to know of the frozen model's images o: a few kilobytes an image, not its pixels.
+
+    Attributes:
+        verdict: what the judge sees in them.
+        features: the embeddings by each feature network, with shapes (N, D).
+        faces: the embeddings of the aligned faces, with shape (N, D); None without face realism.
+    """
+
+    verdict: Verdict
+    features: list[Tensor]
+    faces: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Original":
+        """The same on another device."""
+        return Original.from_tensors({name: values.to(device) for name, values in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, each with one row an image."""
+        found = {f"logits.{name}": values for name, values in self.verdict.logits.items()}
+        found |= {"face": self.verdict.has_face, "boxes": self.verdict.boxes}
+        found |= {f"features.{place}": values for place, values in enumerate(self.features)}
+        optional = {"landmarks": self.verdict.landmarks, "faces": self.faces}
+        return found | {name: values for name, values in optional.items() if values is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Original":
+        """What `tensors` took apart."""
+        logits = {name.removeprefix("logits."): tensors[name] for name in tensors if name.startswith("logits.")}
+        verdict = Verdict(logits, tensors["face"], tensors["boxes"], tensors.get("landmarks"))
+        places = range(sum(name.startswith("features.") for name in tensors))
+        return cls(verdict, [tensors[f"features.{place}"] for place in places], tensors.get("faces"))
+
+
+class OriginalStore:
+    """Originals on disk, one file an image.
+
+    Args:
+        folder: where they lie; made where it is missing.
+        depends_on: everything but prompt, noise and number of steps that an original depends on, as one text.
+    """
+
+    def __init__(self, folder: Path, depends_on: str) -> None:
+        self.folder, self.depends_on = folder, depends_on
+
+    def files(self, prompt: str, seeds: Sequence[int], steps: int) -> list[Path]:
+        """The file of each image, whether it is there or not."""
+        keys = [json.dumps([FORMAT, self.depends_on, prompt, steps, seed]) for seed in seeds]
+        names = [hashlib.blake2b(key.encode(), digest_size=20).hexdigest() for key in keys]
+        return [self.folder / name[:2] / f"{name[2:]}.safetensors" for name in names]
+
+    def read(self, prompt: str, seeds: Sequence[int], steps: int, device: torch.device) -> Original | None:
+        """The originals of all these seeds, in their order; None if one of them is missing or cannot be read."""
+        try:
+            rows = [load_file(file) for file in self.files(prompt, seeds, steps)]
+            stacked = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+            return Original.from_tensors(stacked)
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def check(self) -> None:
+        """Make the folder, and remove drafts of yesterday and before, whose writers died.
+
+        Raises:
+            ValueError: if it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.folder):
+                pass
+            for draft in self.folder.glob("*/*.part"):
+                if time.time() - draft.stat().st_mtime > 24 * 3600:
+                    draft.unlink(missing_ok=True)
+        except OSError as error:
+            raise self.refusal(error) from None
+
+    def refusal(self, error: Exception) -> ValueError:
+        """One line about a folder that cannot be written."""
+        reason = str(error).partition("\n")[0]
+        return ValueError(
+            f"--model.originals_folder: cannot write {str(self.folder)!r} ({reason}); choose another folder, or leave "
+            "the setting out, and what is known of the original images is remembered for one run"
+        )
+
+    def write(self, prompt: str, seeds: Sequence[int], steps: int, original: Original) -> None:
+        """Keep what is known of these images.
+
+        Raises:
+            ValueError: if the folder cannot be written.
+        """
+        tensors = {name: values.detach().cpu() for name, values in original.tensors().items()}
+        try:
+            for row, file in enumerate(self.files(prompt, seeds, steps)):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                draft = file.with_name(f"{file.stem}.{uuid4().hex}.part")
+                save_file({name: values[row].clone() for name, values in tensors.items()}, draft)
+                with draft.open("rb") as written:
+                    os.fsync(written)  # or a name could outlive what it names, where the power fails
+                os.replace(draft, file)
+        except (OSError, SafetensorError) as error:
+            raise self.refusal(error) from None
+
+
+class Originals:
+    """What is remembered of originals, in memory for a run, and on disk for all runs if there is a store.
+
+    Attributes:
+        known: those met in this run, on the CPU, as they would fill a GPU.
+        store: those on disk.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, tuple[int, ...], int], Original] = {}
+        self.store: OriginalStore | None = None
+
+    def get(self, batch: PromptBatch, steps: int, device: torch.device) -> Original | None:
+        """What is known of the images of this prompt, noise and number of steps; None if that is nothing."""
+        key = self.key(batch, steps)
+        original = self.known.get(key)
+        if original is None and self.store and batch.is_repeated:
+            original = self.store.read(*key, torch.device("cpu"))
+            if original is not None:
+                self.known[key] = original
+        return None if original is None else original.to(device)
+
+    def put(self, batch: PromptBatch, steps: int, original: Original) -> None:
+        """Keep what is known of these images, if the same noise is_repeated.
+
+        Raises:
+            ValueError: if the folder of the store cannot be written.
+        """
+        if not batch.is_repeated:
+            return
+        key = self.key(batch, steps)
+        self.known[key] = original.to(torch.device("cpu"))
+        if self.store:
+            self.store.write(*key, self.known[key])
+
+    def key(self, batch: PromptBatch, steps: int) -> tuple[str, tuple[int, ...], int]:
+        """What the images depend on, besides the networks."""
+        return batch.prompt.text, tuple(batch.seeds.tolist()), steps
+
+
+def content_of(*parts: Any) -> str:
+    """Hashes networks by what they compute: classes, settings, weights, and the files of face detectors.
+
+    Args:
+        parts: loaded networks, or settings. Of this project's objects all public attributes count, of a class that
+            is derived from them elsewhere all attributes and its source, of transformers' and diffusers' objects their
+            configuration and weights, of anything else its class.
+
+    Returns:
+        A hexadecimal digest.
+    """
+    digest = hashlib.blake2b(digest_size=20)
+    seen: set[int] = set()
+    for part in parts:
+        for chunk in _pieces(part, seen):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
+    """Bytes that tell `value` from others."""
+    if isinstance(value, PLAIN):
+        yield f"{type(value).__name__}:{value!r};".encode()
+    elif isinstance(value, Tensor):
+        yield f"{value.dtype}{tuple(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, np.ndarray):
+        yield from _pieces(torch.from_numpy(value), seen)
+    elif isinstance(value, Path):
+        yield value.read_bytes()
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield from (*_pieces(str(key), seen), *_pieces(value[key], seen))
+    elif isinstance(value, (list, tuple)):
+        yield f"[{len(value)}]".encode()
+        for item in value:
+            yield from _pieces(item, seen)
+    elif id(value) not in seen:
+        seen.add(id(value))
+        derived = [kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] == "fairness_dft"]
+        yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
+        if isinstance(value, nn.Module):
+            yield from _pieces(dict(value._parameters) | dict(value._buffers) | dict(value._modules), seen)
+        if isinstance(value, FaceDetector):
+            yield from _pieces(value.files, seen)
+        if hasattr(value, "to_json_string"):  # a scheduler
+            yield value.to_json_string().encode()
+        elif hasattr(value, "get_vocab"):
+            yield from _pieces(value.get_vocab(), seen)
+        elif derived:
+            foreign = type(value) is not derived[0]
+            yield _source(type(value)) if foreign else b""
+            own = {name: held for name, held in vars(value).items() if foreign or not name.startswith("_")}
+            yield from _pieces({name: held for name, held in own.items() if name not in vars(nn.Module())}, seen)
+        elif isinstance(value, nn.Module) and hasattr(value, "config"):
+            yield from _pieces(getattr(value.config, "to_dict", lambda: dict(value.config))(), seen)
+
+
+def _source(kind: type) -> bytes:
+    """The text of a class, where it is in a file."""
+    try:
+        return inspect.getsource(kind).encode()
+    except (OSError, TypeError):
+        return b""
