@@ -24,6 +24,7 @@ from fairness_dft.cli.commands import new_folder, run_main
 from fairness_dft.cli.lightning_cli import MONITORS, FairnessCLI
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.files import Prompt
+from fairness_dft.randomness import Stream, hashed_generator
 from fairness_dft.reports.gradients import (
     PARTS,
     draw_paths,
@@ -70,7 +71,7 @@ class Diagnosis(FairFinetuning):
 
     @override
     def randomness(self) -> Generator:
-        return Generator().manual_seed(self.seed * 1_000_003 + self.batch)
+        return hashed_generator(self.seed, Stream.STEP, self.batch)
 
 
 class DiagnoseCLI(FairnessCLI):
@@ -178,7 +179,7 @@ def steps_table(module: FairFinetuning, prompt: str, noises: int) -> list[list[f
     rows, sampler = [], module.sampler
     for number in range(noises):
         noise = module.generator.noise(torch.tensor([number]))
-        random = Generator().manual_seed(module.seed * 1_000_003 + number)
+        random = hashed_generator(module.seed, Stream.DIAGNOSIS, number)
         direction = DEVIATION * torch.randn(noise.shape, generator=random).to(noise)
         with module.adapter.using("trained"):
             for step in step_gradients(

@@ -1,10 +1,12 @@
 """What everything that loads shares: where a path is, whether the hub is within reach, and loaders that keep quiet."""
 
+import os
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # suffixes of files that may be pictures
 
@@ -72,6 +74,32 @@ def weights_or_hub(path: str) -> Path:
         return file_or_hub(path)
     except Exception:  # not a name, no such repository, no access, no network
         return local
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Replace a file in one piece: no reader, and no crash, ever leaves half of it under its name.
+
+    Args:
+        file: what is written or replaced; its folder is made.
+
+    Yields:
+        A temporary path beside it with the same suffix. At the end it is flushed to disk and renamed; on an error it is
+        removed, and what was there before stays.
+
+    Example:
+        >>> with replacing(Path("results.json")) as draft:  # doctest: +SKIP
+        ...     draft.write_text("{}")
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{uuid4().hex}{file.suffix}")
+    try:
+        yield draft
+        with draft.open("r+b") as written:
+            os.fsync(written.fileno())
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def on_hub(path: str) -> bool:

@@ -38,3 +38,15 @@ def test_quiet_silences_loaders_and_puts_everything_back_even_after_a_failure():
         raise KeyError
     assert [library.get_verbosity() for library in libraries] == before
     assert transformers_logging.is_progress_bar_enabled() == bar
+
+
+def test_a_file_is_replaced_in_one_piece_or_not_at_all(tmp_path):
+    file = tmp_path / "new" / "results.json"
+    with module.replacing(file) as draft:
+        draft.write_text("first")
+        assert draft.suffix == ".json" and not file.exists()
+    assert file.read_text() == "first"
+    with pytest.raises(OSError, match="disk full"), module.replacing(file) as draft:
+        draft.write_text("half of the sec")
+        raise OSError("disk full")
+    assert file.read_text() == "first" and list(file.parent.iterdir()) == [file]

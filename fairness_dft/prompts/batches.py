@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fairness_dft.prompts.files import SPLITS, Prompt
+from fairness_dft.prompts.files import Prompt
+from fairness_dft.randomness import Stream, hashed_words
 
 IMAGES = {
     "train": "images_per_prompt",
     "validation": "validation_images_per_prompt",
     "test": "test_images_per_prompt",
 }
-ORDER_STREAM = len(SPLITS)  # the seeds of a split hash with its number, the orders with the next one
-POOL_STREAM = ORDER_STREAM + 1  # and the choice from the noise pool with the one after
+STREAMS = {"train": Stream.TRAIN, "validation": Stream.VALIDATION, "test": Stream.TEST}
 
 
 @dataclass(kw_only=True)
@@ -55,12 +55,8 @@ def noise_seeds(seed: int, split: str, epoch: int, position: int, count: int) ->
     Returns:
         The seeds s_1, ..., s_N, with shape (N,), int64, in [0, 2^63).
     """
-    words = _hash(seed, (SPLITS.index(split), epoch, position), count)
+    words = hashed_words(seed, (STREAMS[split], epoch, position), count)
     return torch.from_numpy((words >> np.uint64(1)).astype(np.int64))
-
-
-def _hash(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
-    return np.random.SeedSequence(seed, spawn_key=key).generate_state(count, np.uint64)
 
 
 class PromptLoader:
@@ -151,12 +147,12 @@ class TrainingPromptLoader(PromptLoader):
     def batch(self, epoch: int, position: int, index: int) -> PromptBatch:
         if self.noise_pool is None:
             return super().batch(epoch, position, index)
-        chosen = int(_hash(self.seed, (POOL_STREAM, epoch, position), 1)[0] % self.noise_pool)
+        chosen = int(hashed_words(self.seed, (Stream.NOISE_POOL, epoch, position), 1)[0] % self.noise_pool)
         return replace(super().batch(epoch=chosen, position=index, index=index), noise_set=chosen)
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns π_e, the prompt index at every position of an epoch, with shape (len(self),)."""
-        return self.slots[np.argsort(_hash(self.seed, (ORDER_STREAM, epoch), len(self)), kind="stable")]
+        return self.slots[np.argsort(hashed_words(self.seed, (Stream.ORDER, epoch), len(self)), kind="stable")]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing; to have the method tells Lightning that the loader can resume in mid-epoch.

@@ -43,6 +43,7 @@ from fairness_dft.features import FeatureNet
 from fairness_dft.metrics.bias import class_bias, finite_sample_floor
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.files import Prompt
+from fairness_dft.randomness import Stream, hashed_generator
 from fairness_dft.sampling.gradients import scale_gradient
 from fairness_dft.sampling.sampler import PromptEmbeddings, Sampler, encode_prompts
 from fairness_dft.training.originals import Original, Originals, OriginalStore, content_of
@@ -239,12 +240,12 @@ class FairFinetuning(LightningModule):
     def randomness(self) -> torch.Generator:
         """Draws of this batch: the same on every rank, and after a resume the same as without it."""
         batches = self.trainer.fit_loop.total_batch_idx
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + batches)
+        return hashed_generator(self.seed, Stream.STEP, batches)
 
     def draw_steps(self, batch: PromptBatch, random: torch.Generator) -> int:
         """Draw the number of sampling steps: for repeated noise the same each time, so that originals repeat too."""
         if batch.is_repeated:
-            random = torch.Generator().manual_seed((self.seed * 1_000_003 + batch.index) * 1_009 + batch.noise_set)
+            random = hashed_generator(self.seed, Stream.REPEATED_STEP, batch.index, batch.noise_set)
         return self.sampler.draw_steps(random)
 
     @torch.no_grad()
