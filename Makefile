@@ -23,7 +23,7 @@ test: $(STAMP) ## run the tests and report their coverage
 lint: $(STAMP) ## check style and formatting, change nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/lint-imports --no-cache --config setup.cfg
+	$(BIN)/lint-imports --no-cache
 
 portraits: $(STAMP) ## train the miniature Stable Diffusion in data/portraits again (hours)
 	$(BIN)/python -m fairness_dft.portraits $(ARGS)
