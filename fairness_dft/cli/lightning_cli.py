@@ -1,5 +1,6 @@
 """The command line: Lightning's CLI with this project's monitors, one line for every mistake, and one run folder."""
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from fairness_dft.cli.commands import resumable, writable
+from fairness_dft.cli.configuration import prepared
 from fairness_dft.cli.messages import innermost, way_out
 from fairness_dft.files import one_line
 from fairness_dft.prompts.datamodule import PromptModule
@@ -78,9 +80,11 @@ class OneLineCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if args is None or isinstance(args, list):
+            args = prepared(sys.argv[1:] if args is None else args)
         try:
-            with warnings.catch_warnings():  # commands that use another command's settings have arguments of their own
-                warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the arguments were prepared
                 super().parse_arguments(parser, args)
         except ArgumentError as error:
             out = way_out(str(error), parser.get_defaults().keys(), self.example)
