@@ -6,14 +6,12 @@ A row for each run, aligned attribute and concept, in Markdown; of two classes w
 """
 
 import argparse
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from fairness_dft.attributes import TIMES
+from fairness_dft.reports.results import AttributeResult, Results
 from fairness_dft.reports.tables import number
 
 HEAD = (
@@ -37,40 +35,40 @@ def rows(folder: Path, name: str | None = None) -> Iterator[list[str]]:
         folder: of the run, with results.json and config.yaml.
         name: what to call it; its experiment's name by default.
     """
-    content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = Results.read(folder / "results.json")
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    run, clip, kept = [name or config["name"], str(config["seed_everything"])], *kept_figures(content["kept"])
-    aligned = dict.fromkeys((TIMES.join(content["attributes"]), *content["attributes"]))
-    for concept, judges in {"": content["bias"], **content["concepts"]}.items():
-        for attribute in aligned:
-            models = [judges[judge][attribute] for judge in ("training", "independent")]
-            what = f"{concept}: {attribute}" if concept else attribute
-            last = models[0]["ema"]
-            yield [*run, what, *biases(models[0]), *biases(models[1]), number(last["floor"]), clip, kept]
-            if not concept and (shares := unequal(content["target"][attribute], models)):
+    run, clip, kept = [name or config["name"], str(config["seed_everything"])], *kept_figures(results.kept)
+    for concept, classifiers in {"": results.bias, **results.concepts}.items():
+        for attribute in results.aligned:
+            both = [classifiers[classifier][attribute] for classifier in ("training", "independent")]
+            label = f"{concept}: {attribute}" if concept else attribute
+            floor = number(both[0].last.floor)
+            yield [*run, label, *biases(both[0]), *biases(both[1]), floor, clip, kept]
+            if not concept and (shares := unequal(results.target[attribute], both)):
                 yield [*run, f"frequency of {attribute}", shares[0], "", shares[1], "", "", "", ""]
 
 
-def biases(models: Mapping[str, Any]) -> tuple[str, str]:
-    """Bias before and after, and the interval of the latter."""
-    before, after = models["original"], models["ema"]
-    return f"{number(before['bias'])} → {number(after['bias'])}", f"{number(after['low'])} – {number(after['high'])}"
+def biases(result: AttributeResult) -> tuple[str, str]:
+    """Return the bias before and after, and the interval of the latter."""
+    before, after = result.original, result.last
+    return f"{number(before.bias)} → {number(after.bias)}", f"{number(after.low)} – {number(after.high)}"
 
 
-def unequal(target: Mapping[str, float], models: list[Mapping[str, Any]]) -> list[str]:
-    """How often the rarer wanted one of two classes was seen, by both judges; nothing of equal ones, or of more."""
+def unequal(target: Mapping[str, float], both: Sequence[AttributeResult]) -> list[str]:
+    """Return how often each classifier sees the rarer wanted one of two classes; empty for equal shares or more."""
     if len(target) != 2 or len(set(target.values())) == 1:
         return []
-    wanted = min(target, key=target.get)
-    told = []
-    for of in models:
-        shares = [side["frequencies"][side["classes"].index(wanted)] for side in (of["original"], of["ema"])]
-        told.append(f"{wanted} {number(shares[0])} → {number(shares[1])}, wanted {number(target[wanted])}")
-    return told
+    wanted = min(target, key=lambda label: target[label])
+    cells = []
+    for result in both:
+        index = result.classes.index(wanted)
+        shares = [side.frequencies[index] for side in (result.original, result.last)]
+        cells.append(f"{wanted} {number(shares[0])} → {number(shares[1])}, wanted {number(target[wanted])}")
+    return cells
 
 
-def kept_figures(kept: Mapping[str, Any]) -> tuple[str, str]:
-    """CLIP-T before and after, and the share of images with the same subject."""
+def kept_figures(kept: Mapping[str, Mapping[str, float | None]]) -> tuple[str, str]:
+    """Return CLIP-T before and after, and the share of images with the same subject."""
     clip = " → ".join(number(kept["clip_t"].get(model), 3) for model in ("original", "ema"))
     return clip, number(kept.get("subject_kept", {}).get("ema"), 3)
 

@@ -31,14 +31,16 @@ from fairness_dft.audits.warnings import (
 from fairness_dft.cli.commands import run_main, writable
 from fairness_dft.cli.lightning_cli import FairnessCLI
 from fairness_dft.cli.memory import telling_what_saves_memory
+from fairness_dft.files import replacing
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.files import Prompt, normalise
-from fairness_dft.reports.html import html_report, shown_judge, write_html
-from fairness_dft.reports.results import surroundings, write_csv, write_json
+from fairness_dft.reports.csv_tables import write_per_prompt
+from fairness_dft.reports.html import html_report, shown_classifier, write_html
+from fairness_dft.reports.results import Results, RunFacts
 from fairness_dft.reports.tables import print_results
 from fairness_dft.training.bias_monitor import BiasMonitor
 from fairness_dft.training.originals import content_of
-from fairness_dft.training.quality_monitor import QualityMonitor, results_of_test
+from fairness_dft.training.quality_monitor import QualityMonitor, model_name, results_of_test
 
 # Settings that an audit's images, and then its figures, depend on.
 DECIDING = ("seed_everything", "split", "images", "trainer.precision", "model.generator", "model.evaluation_sampler")
@@ -129,7 +131,8 @@ def main(args: ArgsType = None) -> None:
     if trainer.is_global_zero:
         depends_on |= contents(cli)
         refuse_change(cli, depends_on)
-        write_json(cli.folder / "audit.json", depends_on)
+        with replacing(cli.folder / "audit.json") as draft:
+            draft.write_text(json.dumps(depends_on, indent=1) + "\n", encoding="utf-8")
         warn_of_few_images(images, module)
         warn_of_long_prompts(cut)
     started = time.monotonic()
@@ -137,18 +140,18 @@ def main(args: ArgsType = None) -> None:
         trainer.test(module, dataloaders=loader, datamodule=None if loader else data, verbose=False)
     if not trainer.is_global_zero:
         return
-    facts = {
-        "seconds": round(time.monotonic() - started, 1),
-        "adapter": cli.config.adapter,
-        "images": cli.config.images,
-        "split": None if loader else data.tested,
-        "images_per_prompt": images,
-        "truncated_text": cut,
-        **surroundings(),
-    }
-    content = results_of_test(module, prompts, facts)
-    refuse_no_faces(content)
-    write(cli, content, prompts, loader or data.test_dataloader())
+    facts = RunFacts.here(
+        model=None if cli.config.images else model_name(module),
+        adapter=cli.config.adapter,
+        images=cli.config.images,
+        split=None if loader else data.tested,
+        images_per_prompt=images,
+        seconds=round(time.monotonic() - started, 1),
+        truncated_text=cut,
+    )
+    results = results_of_test(module, prompts, facts)
+    refuse_no_faces(results)
+    write(cli, results, prompts, loader or data.test_dataloader())
 
 
 def judged_images(cli: EvaluateCLI) -> tuple[Any, list[Prompt], int]:
@@ -199,20 +202,20 @@ def load(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> None:
         warn_of_what_is_not_read(cli.model, find[BiasMonitor])
 
 
-def write(cli: EvaluateCLI, content: dict[str, Any], prompts: Sequence[Prompt], loader: Iterable[PromptBatch]) -> None:
-    """Write the files of an audit, and tell where they are."""
+def write(cli: EvaluateCLI, results: Results, prompts: Sequence[Prompt], loader: Iterable[PromptBatch]) -> None:
+    """Write the files of an audit, and print where they are."""
     module, folder = cli.model, cli.folder
-    write_json(folder / "results.json", content)
-    write_csv(folder / "per_prompt.csv", content, prompts)
+    results.write(folder / "results.json")
+    write_per_prompt(folder / "per_prompt.csv", results, prompts)
     bias = next(callback for callback in cli.trainer.callbacks if isinstance(callback, BiasMonitor))
-    shown = dict(bias.judges(module))[shown_judge(content)]
-    made = {key: content["run"][key] for key in ("adapter", "images", "split", "machine", "versions")}
+    shown = dict(bias.judges(module))[shown_classifier(results)]
+    made = {key: getattr(results.run, key) for key in ("adapter", "images", "split", "machine", "versions")}
     settings = json.dumps(made, indent=1) + "\n\n" + (folder / "config.yaml").read_text(encoding="utf-8")
-    page = html_report(cli.config.name, content, settings, method(cli), grids(module, shown, loader))
+    page = html_report(cli.config.name, results, settings, method(cli), grids(module, shown, loader))
     write_html(folder / "report.html", page)
     if not cli.config.keep_images and isinstance(module.source, ImageStore):
         shutil.rmtree(folder / "images")
-    print_results(content)
+    print_results(results)
     print(f"Report:  {folder / 'report.html'}\nResults: {folder / 'results.json'} and per_prompt.csv")
 
 
@@ -222,8 +225,7 @@ def method(cli: EvaluateCLI) -> list[str]:
     if config.images:
         told = [f"The images of the folder {config.images} were made by others and are only looked at."]
     else:
-        generator, sampler = module.generator, module.evaluation_sampler
-        name = f"{getattr(generator, 'path', type(generator).__name__)}"
+        name, sampler = model_name(module), module.evaluation_sampler
         told = [f"Images are drawn by {name}, in {sampler.steps} steps at guidance scale {sampler.guidance_scale:g}."]
         if config.adapter:
             told.append(f"“After” is the same model with {config.adapter}, from the same noise.")
@@ -256,7 +258,7 @@ def begin(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> dict[str, Any]:
     if isinstance(cli.model.adapter, DiffusersAdapter):
         given |= {f"adapter.{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in cli.model.adapter.files}
     if not (cli.folder / "audit.json").is_file() and any(
-        path.name not in ("audit.part", "config.yaml") for path in cli.folder.iterdir()
+        path.name != "config.yaml" and not path.name.startswith(".") for path in cli.folder.iterdir()
     ):
         raise ValueError(f"--name: {str(cli.folder)!r} is there already, and no audit; choose another name")
     refuse_change(cli, given)

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +22,7 @@ from fairness_dft.faces.detectors import InsightFace
 from fairness_dft.faces.finders import DetectedFaces
 from fairness_dft.files import on_hub, one_line, quiet, resolve
 from fairness_dft.reports.adapter_card import CardFacts, adapter_card
+from fairness_dft.reports.results import Results
 from fairness_dft.training.module import FairFinetuning
 
 KOHYA_FILE = "kohya.safetensors"
@@ -77,9 +77,7 @@ def main(args: list[str] | None = None) -> None:
         upload(output, settings.push, settings.private)
 
 
-def fill(
-    output: Path, module: FairFinetuning, folder: Path, results: dict[str, Any] | None, settings: Settings
-) -> None:
+def fill(output: Path, module: FairFinetuning, folder: Path, results: Results | None, settings: Settings) -> None:
     """Write everything that is exported into a folder."""
     load_adapter(module, folder, settings.adapter, settings.scale)
     adapter = module.adapter

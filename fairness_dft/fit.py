@@ -16,14 +16,14 @@ from fairness_dft.cli.lightning_cli import FairnessCLI
 from fairness_dft.cli.memory import telling_what_saves_memory
 from fairness_dft.prompts.datamodule import PromptModule
 from fairness_dft.prompts.files import SPLITS, normalise
-from fairness_dft.reports.results import surroundings, write_json
+from fairness_dft.reports.results import RunFacts
 from fairness_dft.reports.tables import print_results
 from fairness_dft.training.bias_monitor import BiasMonitor
 from fairness_dft.training.callbacks import AdapterAverage
 from fairness_dft.training.dashboard import final_metrics
 from fairness_dft.training.image_grid import ImageGrid
 from fairness_dft.training.plan import print_plan
-from fairness_dft.training.quality_monitor import QualityMonitor, results_of_test
+from fairness_dft.training.quality_monitor import QualityMonitor, model_name, results_of_test
 
 SEEN = "the test figures are not of unseen prompts; a JSON file keeps the two apart (data/prompts/README.md)"
 
@@ -71,21 +71,22 @@ def main(args: ArgsType = None) -> None:
     log_dir = trainer.log_dir  # a broadcast: every rank must ask
     if not trainer.is_global_zero or log_dir is None:
         return
-    run = {
-        "steps": trainer.global_step,
-        "training_seconds": round(trained - started, 1),
-        "test_seconds": round(time.monotonic() - trained, 1),
-        "images_per_prompt": data.images_per_prompt,
-        "test_prompts_trained_on": seen,
-        **surroundings(),
-    }
-    content = results_of_test(module, data.prompts("test"), run)
+    run = RunFacts.here(
+        model=model_name(module),
+        images_per_prompt=data.test_images_per_prompt,
+        seconds=round(time.monotonic() - trained, 1),
+        steps=trainer.global_step,
+        training_seconds=round(trained - started, 1),
+        training_images_per_prompt=data.images_per_prompt,
+        test_prompts_trained_on=tuple(seen),
+    )
+    results = results_of_test(module, data.prompts("test"), run)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(hyperparameters(cli.config), final_metrics(content))
+            logger.log_hyperparams(hyperparameters(cli.config), final_metrics(results))
     folder = Path(log_dir)
-    write_json(folder / "results.json", content)
-    print_results(content)
+    results.write(folder / "results.json")
+    print_results(results)
     print(f"Picture: {find[ImageGrid].file}\nResults: {folder / 'results.json'}")
     if trainer.loggers:
         print(f"Curves:  tensorboard --logdir {folder.parent}")

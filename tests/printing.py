@@ -4,10 +4,11 @@ import io
 
 from rich.console import Console
 
+from fairness_dft.reports.results import Results
 from fairness_dft.reports.tables import print_results
 
 
-def printed(found: dict) -> str:
+def printed(results: Results, width: int = 200) -> str:
     stream = io.StringIO()
-    print_results(found, Console(file=stream, width=200))
+    print_results(results, Console(file=stream, width=width))
     return stream.getvalue()

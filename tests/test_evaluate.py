@@ -35,7 +35,7 @@ def counts(results: Path) -> dict:
         for judge, seen in bias.items()
         for name, models in seen.items()
         for model in ("original", "ema")
-        if model in models
+        if models[model]
     }
 
 
@@ -77,9 +77,9 @@ def test_rows_of_the_table_are_the_results(audit: Path) -> None:
         for name, models in seen.items():
             for model in ("original", "ema"):
                 for i, prompt in enumerate(content["run"]["test_prompts"]):
-                    key = {"judge": judge, "attribute": name, "model": model, "prompt": prompt}
+                    key = {"classifier": judge, "attribute": name, "model": model, "prompt": prompt}
                     found = [row for row in rows if key.items() <= row.items()]
-                    assert [row["class"] for row in found] == models[model]["classes"]
+                    assert [row["class"] for row in found] == models["classes"]
                     assert [int(row["images"]) for row in found] == models[model]["counts"][i]
                     assert {float(row["bias"]) for row in found} == {models[model]["per_prompt"][i]}
                     assert sum(float(row["frequency"]) for row in found) == pytest.approx(1)
@@ -151,10 +151,9 @@ def test_other_prompts_without_an_adapter(tmp_path: Path, capsys: pytest.Capture
         text.replace(" an ", " a ") for text in content["run"]["test_prompts"]
     ]
     assert not (tmp_path / "v" / "images").exists()
-    assert "ema" not in content["bias"]["training"]["gender"]
+    assert content["bias"]["training"]["gender"]["ema"] is None
     printed = capsys.readouterr()
-    gender = next(line for line in printed.out.splitlines() if "gender" in line and "training" in line)
-    assert gender.split("│")[4].strip() == "–"  # there is no model after
+    assert "finetuned" not in printed.out and "base model" not in printed.out  # there is one model alone
     assert "warning: of 2 images a prompt, a perfectly fair model would score 0.50 of at most 1.00" in printed.err
     assert "for the 2 classes of gender by chance; 48 images bring that to 0.11" in printed.err
 
@@ -251,7 +250,7 @@ def test_what_is_not_finished_may_be_judged_otherwise(run: Path, audit: Path, tm
     first = json.loads((audit / "results.json").read_text())["bias"]["training"]["gender"]["original"]["counts"]
     found = content["bias"]["training"]["gender"]["original"]
     assert all(now >= then for a, b in zip(found["counts"], first, strict=True) for now, then in zip(a, b, strict=True))
-    assert found["images"] == 12 and "distance" in found
+    assert found["images"] == 12 and found["distance"]
     report = (tmp_path / "mine" / "report.html").read_text(encoding="utf-8")
     assert "data/portraits/classifier_evaluation" in report  # the settings are in it
 
@@ -332,8 +331,8 @@ def test_images_of_prompts_that_name_attributes_tell_obedience(audit: Path, tmp_
     order = found["run"]["test_prompts"].index(first.upper())
     assert sorted(found["run"]["test_prompts"]) == sorted([first.upper(), second])
     assert found["concepts"].keys() == {"named", "images"}
-    gender = found["bias"]["training"]["gender"]["original"]
-    of = dict(zip(gender["classes"], gender["counts"][order], strict=True))
+    classes, gender = (found["bias"]["training"]["gender"][key] for key in ("classes", "original"))
+    of = dict(zip(classes, gender["counts"][order], strict=True))
     obeyed = found["prompt_adherence"]["training"]["gender"]["original"]
     assert obeyed["images"] == sum(of.values()) and obeyed["share"] == pytest.approx(of["woman"] / sum(of.values()))
     assert gender["prompts_naming"] == 1 and gender["per_prompt"][order] is None

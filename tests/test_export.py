@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
+from fixed_counts import fixed_results
 from miniature import PORTRAITS
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -17,6 +19,7 @@ from fairness_dft.cli.commands import run_main
 from fairness_dft.cli.finished_run import FinishedRun
 from fairness_dft.export import KOHYA_FILE, main
 from fairness_dft.fit import main as fit
+from fairness_dft.reports.adapter_card import distance_rows, limits
 
 ROOT = PORTRAITS.parents[1]
 KINDS = {
@@ -113,10 +116,10 @@ def test_merged_weights_are_the_base_and_the_product(exported: tuple[str, Path, 
 def test_card_says_what_it_is_and_what_was_measured(exported: tuple[str, Path, Path]) -> None:
     kind, folder, output = exported
     card, results = (output / "README.md").read_text(encoding="utf-8"), FinishedRun(str(folder)).results()
-    models = results["bias"]["independent"]["gender"]
+    result = results.bias["independent"]["gender"]
     row = next(line for line in card.splitlines() if line.startswith("| gender | independent |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[2].startswith(f"{models['original']['bias']:.2f} ±") and cells[5] == f"{models['ema']['floor']:.2f}"
+    assert cells[2].startswith(f"{result.original.bias:.2f} ±") and cells[5] == f"{result.ema.floor:.2f}"
     assert "perceived" in card and "2311.07604" in card and "man 0.50, woman 0.50" in card
     assert ("which is at scale 0.5" in card) == (kind == "text_encoder")
     assert ("load_textual_inversion" in card) == (kind == "prefix")
@@ -184,7 +187,9 @@ def test_a_card_says_whose_figures_it_shows(run: tuple[str, Path], tmp_path: Pat
     main([f"--run={copied}", f"--output={tmp_path / 'untested'}"])
     assert "The run was not tested" in (tmp_path / "untested" / "README.md").read_text(encoding="utf-8")
     (copied / "results.json").write_text('{"version": 1}')
-    with pytest.raises(ValueError, match="is of version 1, but must be of 3"):
+    with pytest.raises(
+        ValueError, match="--run: .* is of version 1, but must be of version 4: measure the model again"
+    ):
         main([f"--run={copied}", f"--output={tmp_path / 'old'}"])
     assert not (tmp_path / "old").exists()
 
@@ -202,25 +207,29 @@ def test_a_run_leaves_the_machine_and_the_prompts_that_it_was_made_with(run: tup
     assert (tmp_path / "taken" / "README.md").is_file()
 
 
-def test_a_card_tells_whether_prompts_were_obeyed() -> None:
-    from fairness_dft.reports.adapter_card import limits
-
-    assert "still be obeyed; this was not measured here." in limits(None) and limits(
-        {"prompt_adherence": {}}
-    ) == limits(None)
-    seen = {"independent": {"age": {"original": {"share": 0.91}, "ema": {"share": 0.88}}}}
-    told = limits({"prompt_adherence": seen})
-    assert (
-        "obeyed; it was in a share of the pictures of 0.91 before and 0.88 after (age, independent classifier)." in told
-    )
+def test_a_card_says_whether_prompts_that_name_attributes_are_followed() -> None:
+    adherence = fixed_results().prompt_adherence["independent"]["age"]
+    shares = f"{adherence['original'].share:.2f} before and {adherence['ema'].share:.2f} after (age, independent"
+    assert shares in limits(fixed_results())
+    nameless = replace(fixed_results(), prompt_adherence={})
+    assert "this was not measured here" in limits(None) and limits(nameless) == limits(None)
 
 
 def test_a_card_tells_the_distance_from_unequal_targets() -> None:
-    from fairness_dft.reports.adapter_card import distance_rows
-
-    side = {"bias": 0.5, "distance": {"total_variation_by_prompt": 0.3, "total_variation_by_prompt_floor": 0.1}}
-    side["distance"] |= {"total_variation_by_prompt_low": 0.2, "total_variation_by_prompt_high": 0.4}
-    after = {**side, "distance": side["distance"] | {"total_variation_by_prompt": 0.25}}
-    models = {"original": side, "ema": after, "measure": "distance"}
-    found = {"bias": {"training": {"age": models, "gender": {"measure": "bias"}}}}
-    assert distance_rows(found) == ["| age | training | 0.30 | 0.25 | 0.20 – 0.40 | 0.10 |"]
+    results = fixed_results()
+    results.bias["training"].pop("gender×age"), results.bias.pop("independent")
+    age = results.bias["training"]["age"]
+    before, after = age.original.distance, age.ema.distance
+    after = replace(
+        after,
+        total_variation_by_prompt=0.25,
+        total_variation_by_prompt_low=0.2,
+        total_variation_by_prompt_high=0.4,
+        total_variation_by_prompt_floor=0.1,
+    )
+    before = replace(before, total_variation_by_prompt=0.3)
+    results.bias["training"] = {
+        "age": replace(age, original=replace(age.original, distance=before), ema=replace(age.ema, distance=after)),
+        "gender": replace(results.bias["training"]["gender"], measure="bias"),
+    }
+    assert distance_rows(results) == ["| age | training | 0.30 | 0.25 | 0.20 – 0.40 | 0.10 |"]

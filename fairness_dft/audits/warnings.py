@@ -3,34 +3,29 @@
 import sys
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
-from typing import Any
 
 from fairness_dft.audits.audit import Audit
 from fairness_dft.metrics.bias import finite_sample_floor
 from fairness_dft.prompts.files import Prompt
-from fairness_dft.reports.results import MODELS
+from fairness_dft.reports.results import Results
 from fairness_dft.training.bias_monitor import BiasMonitor
 
 ENOUGH = 24  # images of a prompt for each class; a fair model scores about a tenth of the largest bias then
 
 
-def refuse_no_faces(content: Mapping[str, Any]) -> None:
+def refuse_no_faces(results: Results) -> None:
     """Say that nothing can be said of pictures without faces.
 
     Raises:
         ValueError: if no judge sees one.
     """
-    sides = [side for seen in content["bias"].values() for models in seen.values() for side in models_of(models)]
-    if not any(sum(map(sum, side["counts"])) for side in sides):
+    found = (result for seen in results.bias.values() for result in seen.values())
+    sides = [side for result in found for side in result.models.values()]
+    if not any(sum(map(sum, side.counts)) for side in sides):
         raise ValueError(
             "no image shows a face, as the detectors see it: nothing can be said of whom they show; give pictures of "
             "people, best 24 a prompt for each class, or another --model.judge.faces"
         )
-
-
-def models_of(models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The summaries of an attribute, without what is told beside them."""
-    return [models[model] for model in MODELS if model in models]
 
 
 def warn_of_what_is_not_read(module: Audit, bias: BiasMonitor) -> None:

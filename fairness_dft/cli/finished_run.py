@@ -4,12 +4,12 @@ import json
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
 from fairness_dft.cli.lightning_cli import FairnessCLI
-from fairness_dft.reports.results import VERSION
+from fairness_dft.reports.results import Results
 from fairness_dft.training.module import FairFinetuning
 
 Average = Literal["ema", "trained"]
@@ -53,22 +53,19 @@ class FinishedRun:
             raise ValueError(f"--step must be one of {', '.join(map(str, sorted(found)))}, but got {step}")
         return found[max(found) if step is None else step]
 
-    def results(self) -> dict[str, Any] | None:
-        """The figures of its test; None if it was not tested.
+    def results(self) -> Results | None:
+        """Return the results of its test; None if it was not tested.
 
         Raises:
-            ValueError: if another version of this program wrote them.
+            ValueError: If another version of this program wrote them.
         """
         file = self.folder / "results.json"
         if not file.is_file():
             return None
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if (version := content.get("version")) != VERSION:
-            raise ValueError(
-                f"--run: {str(file)!r} is of version {version}, but must be of {VERSION}: measure the run again with "
-                "evaluate, or remove the file, and its figures are not told"
-            )
-        return content
+        try:
+            return Results.read(file)
+        except ValueError as error:
+            raise ValueError(f"--run: {error}") from error
 
     def build(self, output: str) -> FairnessCLI:
         """Its module and a trainer for this machine; nothing is loaded yet, and its prompts are not looked for.

@@ -190,9 +190,9 @@ class BiasSummary:
         low: the lower end of the 95 % bootstrap interval of ``bias``.
         high: its upper end.
         images: the number of images seen.
-        no_face_share: how many of these show no face and thus count nowhere else.
+        no_face_images: how many of these show no face and thus count nowhere else.
         prompts: the number of prompts averaged, those with at least one face.
-        prompts_without_face: the number of prompts left out because none of their images shows a face.
+        prompts_no_face: the number of prompts left out because none of their images shows a face.
         per_prompt: the bias of each prompt, NaN where it was not seen or shows no face.
         counts: for each prompt the number of images of each class.
         no_face: for each prompt the number of images without a face.
@@ -206,9 +206,9 @@ class BiasSummary:
     low: float
     high: float
     images: int
-    no_face_share: int
+    no_face_images: int
     prompts: int
-    prompts_without_face: int
+    prompts_no_face: int
     per_prompt: tuple[float, ...]
     counts: tuple[tuple[int, ...], ...]
     no_face: tuple[int, ...]
@@ -223,18 +223,18 @@ class BiasSummary:
         return {name: _json_value(value) for name, value in asdict(self).items()}
 
 
-def summarize_bias(counts: Tensor, no_face_share: Tensor, classes: Sequence[str]) -> BiasSummary:
+def summarize_bias(counts: Tensor, no_face: Tensor, classes: Sequence[str]) -> BiasSummary:
     """Sums up the class counts of an audit.
 
     Args:
         counts: the number of images with a face per prompt and class, with shape (P, K), integer.
-        no_face_share: the number of images without a face per prompt, with shape (P,), integer.
+        no_face: the number of images without a face per prompt, with shape (P,), integer.
         classes: the names of the K classes.
 
     Returns:
         The summary.
     """
-    counts, no_face_share = counts.cpu(), no_face_share.cpu()
+    counts, no_face = counts.cpu(), no_face.cpu()
     images = counts.sum(dim=1)
     seen = images > 0
     bias = class_bias(counts.double() / images[:, None])
@@ -247,13 +247,13 @@ def summarize_bias(counts: Tensor, no_face_share: Tensor, classes: Sequence[str]
         floor=float(finite_sample_floor(images[seen], len(classes)).mean()),
         low=low,
         high=high,
-        images=int(images.sum() + no_face_share.sum()),
-        no_face_share=int(no_face_share.sum()),
+        images=int(images.sum() + no_face.sum()),
+        no_face_images=int(no_face.sum()),
         prompts=int(seen.sum()),
-        prompts_without_face=int((~seen & (no_face_share > 0)).sum()),
+        prompts_no_face=int((~seen & (no_face > 0)).sum()),
         per_prompt=tuple(bias.tolist()),
         counts=tuple(map(tuple, counts.tolist())),
-        no_face=tuple(no_face_share.tolist()),
+        no_face=tuple(no_face.tolist()),
     )
 
 

@@ -27,7 +27,7 @@ class FairnessMetric(Metric):
     full_state_update = False
 
     counts: Tensor
-    no_face_share: Tensor
+    no_face: Tensor
 
     def __init__(self, classes: Sequence[str], prompts: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class FairnessMetric(Metric):
         self.classes = tuple(classes)
         self.prompts = prompts
         self.add_state("counts", torch.zeros(prompts, len(classes), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("no_face_share", torch.zeros(prompts, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("no_face", torch.zeros(prompts, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prompt_index: int, classes: Tensor, face: Tensor) -> None:
         """Counts images of one prompt.
@@ -64,11 +64,11 @@ class FairnessMetric(Metric):
             )
         one_hot = torch.nn.functional.one_hot(visible.long(), len(self.classes))
         self.counts[prompt_index] += one_hot.sum(dim=0)
-        self.no_face_share[prompt_index] += (~face).sum()
+        self.no_face[prompt_index] += (~face).sum()
 
     def compute(self) -> BiasSummary:
         """Sums up what was seen; see ``BiasSummary``."""
-        return summarize_bias(self.counts, self.no_face_share, self.classes)
+        return summarize_bias(self.counts, self.no_face, self.classes)
 
 
 class PairMetric(Metric):

@@ -4,15 +4,15 @@ References:
     Model Cards for Model Reporting (Mitchell et al., 2019), https://arxiv.org/abs/1810.03993
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fairness_dft.adapters.base import Adapter
 from fairness_dft.adapters.lora import LoRA
 from fairness_dft.adapters.prompt_prefix import PromptPrefix
 from fairness_dft.files import resolve
+from fairness_dft.reports.results import Results
 from fairness_dft.reports.tables import number
 
 PAPER = "[Finetuning Text-to-Image Diffusion Models for Fairness](https://arxiv.org/abs/2311.07604) (Shen et al., 2024)"
@@ -39,7 +39,7 @@ class CardFacts:
     uses_insightface: bool
 
 
-def adapter_card(facts: CardFacts, results: Mapping[str, Any] | None, adapter: Path, scale: float, merged: bool) -> str:
+def adapter_card(facts: CardFacts, results: Results | None, adapter: Path, scale: float, merged: bool) -> str:
     """A model card in Markdown.
 
     Args:
@@ -93,25 +93,26 @@ def usage(adapter: Adapter, base: str, merged: bool) -> str:
     return "\n\n".join(told)
 
 
-def figures(results: Mapping[str, Any] | None, adapter: Path, scale: float) -> str:
+def figures(results: Results | None, adapter: Path, scale: float) -> str:
     """What the run measured, in tables, and whether it measured this adapter."""
     if results is None:
         return "The run was not tested: nothing is known of its bias."
     target = "; ".join(
-        f"{name} " + ", ".join(f"{kind} {share:.2f}" for kind, share in results["target"][name].items())
-        for name in results["attributes"]
+        f"{name} " + ", ".join(f"{kind} {share:.2f}" for kind, share in results.target[name].items())
+        for name in results.attributes
     )
-    if own := len(results["own_targets"]):
+    if own := len(results.own_targets):
         target += f" ({own} of the prompts have targets of their own)"
-    first = next(iter(next(iter(results["bias"].values())).values()))["original"]
-    images = sum(first["counts"][0]) + first["no_face"][0]
-    rows = ["| attribute | classifier | before | after | 95 % interval | floor |", "|---|---|---|---|---|---|"]
-    for judge, seen in results["bias"].items():
-        for name, models in seen.items():
-            before, after = models["original"], models["ema"]
-            interval = f"{number(after['low'])} – {number(after['high'])}"
-            sides = [f"{number(side['bias'])} ± {number(side['spread'])}" for side in (before, after)]
-            rows.append(f"| {name} | {judge} | {sides[0]} | {sides[1]} | {interval} | {number(after['floor'])} |")
+    first = next(iter(next(iter(results.bias.values())).values())).original
+    images = sum(first.counts[0]) + first.no_face[0]
+    rows = ["| attribute | classifier | base model | finetuned model | 95 % interval | floor | maximum |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for classifier, seen in results.bias.items():
+        for name, result in seen.items():
+            after = result.last
+            cells = [f"{number(side.bias)} ± {number(side.spread)}" for side in (result.original, after)]
+            cells += [f"{number(after.low)} – {number(after.high)}", number(after.floor), number(result.maximum)]
+            rows.append(f"| {name} | {classifier} | {' | '.join(cells)} |")
     if far := distance_rows(results):
         head = [
             "| attribute | classifier | distance before | after | 95 % interval | floor |",
@@ -119,15 +120,15 @@ def figures(results: Mapping[str, Any] | None, adapter: Path, scale: float) -> s
         ]
         rows += ["", "From unequal targets, the distance of a prompt (total variation):", "", *head, *far]
     kept = ["| kept | before | after |", "|---|---|---|"]
-    for measure, models in results["kept"].items():
+    for measure, models in results.kept.items():
         kept.append(f"| {measure} | {number(models.get('original'), 3)} | {number(models.get('ema'), 3)} |")
     step = int(adapter.parent.name[5:])
-    other = [f"after {step} steps"] * (step != results["run"]["steps"]) + ["not averaged"] * (adapter.name != "ema")
+    other = [f"after {step} steps"] * (step != results.run.steps) + ["not averaged"] * (adapter.name != "ema")
     other += [f"at scale {scale:g}"] * (scale != 1)
     note = f"\n\n**They are not this adapter's, which is {' and '.join(other)}.**" if other else ""
     return (
-        f"On {len(results['run']['test_prompts'])} test prompts with {images} images each, of the averaged adapter "
-        f"after {results['run']['steps']} steps; "
+        f"On {len(results.run.test_prompts)} test prompts with {images} images each, of the averaged adapter "
+        f"after {results.run.steps} steps; "
         f"target: {target}.{note}\n\n"
         + "\n".join(rows)
         + "\n\nBias is the mean absolute difference between the frequencies of two classes, averaged over prompts (± "
@@ -137,29 +138,26 @@ def figures(results: Mapping[str, Any] | None, adapter: Path, scale: float) -> s
     )
 
 
-def distance_rows(results: Mapping[str, Any]) -> list[str]:
+def distance_rows(results: Results) -> list[str]:
     """How far prompts are from unequal targets, a row for each attribute and classifier."""
     rows = []
-    for judge, seen in results["bias"].items():
-        for name, models in seen.items():
-            if models["measure"] == "distance":
-                before, after = (models[model]["distance"] for model in ("original", "ema"))
-                key = "total_variation_by_prompt"
-                figures = [number(before[key]), number(after[key])]
-                figures += [
-                    f"{number(after[f'{key}_low'])} – {number(after[f'{key}_high'])}",
-                    number(after[f"{key}_floor"]),
-                ]
-                rows.append(f"| {name} | {judge} | {' | '.join(figures)} |")
+    for classifier, seen in results.bias.items():
+        for name, result in seen.items():
+            before, after = result.original.distance, result.last.distance
+            if result.measure == "distance" and before and after:
+                low, high = after.total_variation_by_prompt_low, after.total_variation_by_prompt_high
+                cells = [number(side.total_variation_by_prompt) for side in (before, after)]
+                cells += [f"{number(low)} – {number(high)}", number(after.total_variation_by_prompt_floor)]
+                rows.append(f"| {name} | {classifier} | {' | '.join(cells)} |")
     return rows
 
 
-def limits(results: dict | None) -> str:
+def limits(results: Results | None) -> str:
     """What the figures do not say."""
     shares = [
-        f"{number(models['original']['share'])} before and {number(models['ema']['share'])} after "
-        f"({name}, {judge} classifier)"
-        for judge, seen in (results or {}).get("prompt_adherence", {}).items()
+        f"{number(models['original'].share)} before and {number(models['ema'].share)} after "
+        f"({name}, {classifier} classifier)"
+        for classifier, seen in (results.prompt_adherence if results else {}).items()
         for name, models in seen.items()
     ]
     obeyed = f"it was in a share of the pictures of {'; '.join(shares)}" if shares else "this was not measured here"

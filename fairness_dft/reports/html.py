@@ -2,17 +2,16 @@
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from fairness_dft.attributes import TIMES
 from fairness_dft.reports.grid import PALETTE
-from fairness_dft.reports.results import no_face_share, rows_of, targets_of
+from fairness_dft.reports.results import ModelBias, Results
 from fairness_dft.reports.tables import number
 
 SHOWN = 3  # worst and best prompts that are shown in pictures
@@ -40,13 +39,12 @@ class PromptRow:
     target: list[float]
 
 
-def shown_judge(content: Mapping[str, Any]) -> str:
-    """Whose verdict of each prompt is shown: the independent one's, if it reads what is aligned."""
-    aligned = TIMES.join(content["attributes"])
-    return "independent" if aligned in content["bias"].get("independent", {}) else "training"
+def shown_classifier(results: Results) -> str:
+    """Return whose reading of each prompt is shown: the independent classifier's, if it reads the aligned attribute."""
+    return "independent" if results.label in results.bias.get("independent", {}) else "training"
 
 
-def html_report(title: str, content: Mapping[str, Any], settings: str, method: Sequence[str], grid: Grid) -> str:
+def html_report(title: str, content: Results, settings: str, method: Sequence[str], grid: Grid) -> str:
     """The page.
 
     Args:
@@ -56,9 +54,9 @@ def html_report(title: str, content: Mapping[str, Any], settings: str, method: S
         method: how it was made, in sentences.
         grid: draws the picture of a prompt, by its index, as `shown_judge` sees it.
     """
-    judge, name = shown_judge(content), TIMES.join(content["attributes"])
-    models = content["bias"][judge][name]
-    classes = models["original"]["classes"]
+    judge, name = shown_classifier(content), content.label
+    models = content.bias[judge][name]
+    classes = models.classes
     rows = prompt_rows(content, judge, name)
     ranked = [row for row in rows if row.figure is not None]
     few = len(ranked) <= 2 * SHOWN
@@ -66,7 +64,7 @@ def html_report(title: str, content: Mapping[str, Any], settings: str, method: S
     if few:
         pictured = [row for row in rows if row.before or row.after][: 2 * SHOWN]
     environment = Environment(
-        loader=PackageLoader("fairness_dft", "templates"), autoescape=True, undefined=StrictUndefined,
+        loader=PackageLoader("fairness_dft.reports", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number, "p_value": p_value, "wrap": wrap, "share": share}
@@ -79,38 +77,37 @@ def html_report(title: str, content: Mapping[str, Any], settings: str, method: S
         attribute=name,
         classes=list(zip(classes, colours(len(classes)), strict=True)),
         rows=rows,
-        biases=rows_of(content),
-        naming=models["original"]["prompts_naming"],
-        measured=any("distance" in of["original"] for seen in content["bias"].values() for of in seen.values()),
-        unequal=any(of["measure"] != "bias" for seen in content["bias"].values() for of in seen.values()),
-        figure="bias" if models["measure"] == "bias" else "distance from the target",
-        floor=typical_floor(models.get("ema") or models["original"], models["measure"]),
-        paired=content["run"].get("paired", False),
-        compared="ema" in models,
+        biases=list(content.rows()),
+        naming=models.original.prompts_naming,
+        measured=any(of.original.distance for seen in content.bias.values() for of in seen.values()),
+        unequal=any(of.measure != "bias" for seen in content.bias.values() for of in seen.values()),
+        figure="bias" if models.measure == "bias" else "distance from the target",
+        floor=typical_floor(models.last, models.measure),
+        paired=content.run.paired,
+        compared=models.ema is not None,
         pictures=[(row, data_url(grid(row.index))) for row in pictured],
         worst=0 if few else SHOWN,
     )
 
 
-def typical_floor(side: Mapping[str, Any], measure: str) -> float | None:
+def typical_floor(side: ModelBias, measure: str) -> float | None:
     """What a fair model, or one that meets its target, would have of a prompt by chance, averaged over prompts."""
-    return side["floor"] if measure == "bias" else side["distance"]["total_variation_by_prompt_floor"]
+    return side.floor if measure == "bias" or not side.distance else side.distance.total_variation_by_prompt_floor
 
 
-def prompt_rows(content: Mapping[str, Any], judge: str, name: str) -> list[PromptRow]:
+def prompt_rows(content: Results, judge: str, name: str) -> list[PromptRow]:
     """Each prompt, the most biased one (by the last model) first, and those without a figure last.
 
     Where the wanted shares are unequal, the farthest from them is the first.
     """
-    models = content["bias"][judge][name]
-    before, after = models["original"], models.get("ema")
-    last = after or before
-    figures = last["per_prompt"] if models["measure"] == "bias" else last["distance"]["per_prompt"]
+    models = content.bias[judge][name]
+    before, after, last = models.original, models.ema, models.last
+    figures = last.per_prompt if models.measure == "bias" or not last.distance else last.distance.per_prompt
     rows = []
-    for index, text in enumerate(content["run"]["test_prompts"]):
-        shares = [percent(side["counts"][index]) if side else None for side in (before, after)]
-        wanted = targets_of(content, text).get(name, {}) if "distance" in last else {}
-        target = [wanted[kind] for kind in last["classes"]] if wanted else []
+    for index, text in enumerate(content.run.test_prompts):
+        shares = [percent(side.counts[index]) if side else None for side in (before, after)]
+        wanted = content.target_of(text).get(name, {}) if last.distance else {}
+        target = [wanted[kind] for kind in models.classes] if wanted else []
         rows.append(PromptRow(index, text, *shares, figures[index], target))
     return sorted(rows, key=lambda row: -1 if row.figure is None else row.figure, reverse=True)
 
@@ -132,9 +129,9 @@ def p_value(value: float | None) -> str:
     return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
 
 
-def share(side: Mapping[str, Any]) -> str:
+def share(side: ModelBias) -> str:
     """The share of a model's images without a face, in percent."""
-    found = no_face_share(side)
+    found = side.no_face_share
     return "–" if found is None else f"{100 * found:.1f} %"
 
 

@@ -1,348 +1,345 @@
-"""results.json and the table of prompts: everything that a test or an audit measured, for programs to read."""
+"""Typed results: everything that a test or an audit measured, and its file results.json.
 
-import csv
+The tree is ``Results`` → ``AttributeResult`` (one classifier, one attribute) → ``ModelBias`` (one model). A figure that
+is not known or not finite is None here and null in the file. ``docs/results.md`` describes every key.
+"""
+
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from scipy.stats import binomtest
-from torch import Tensor
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fairness_dft import __version__
-from fairness_dft.attributes import attributes_of
-from fairness_dft.metrics.bias import BiasSummary, Watched, bootstrap_interval, finite_sample_floor, frequency_drift
-from fairness_dft.metrics.significance import (
-    distance_by_prompt,
-    gap_by_chance,
-    gap_interval,
-    permutation_test,
-    swap_test,
-    target_distance,
-    unbiased_rms_gap,
-)
-from fairness_dft.prompts.files import Prompt
+from fairness_dft.attributes import TIMES
+from fairness_dft.files import replacing
 
-VERSION = 3
+VERSION = 4
+NOTE = "Attributes are perceived, as classifiers read images; no figure describes a person."
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft")
-MODELS = ("original", "ema", "trained")
-COLUMNS = (
-    "prompt",
-    "subject",
-    "concept",
-    "judge",
-    "attribute",
-    "model",
-    "class",
-    "images",
-    "frequency",
-    "target",
-    "bias",
-    "floor",
-    "distance",
-    "no_face",
-)
-SIGNIFICANT = 0.05  # p-value above which an improvement may be chance, and a share of it says nothing
-Shares = Mapping[str, Mapping[str, float]]  # of each attribute, by class name
+Shares = Mapping[str, Mapping[str, float]]  # the share of each class, by attribute
+Measure = Literal["bias", "distance"]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What the monitors of a test saw.
+class Distance:
+    """Distance of a model's class frequencies from the target distribution.
 
     Attributes:
-        summaries: by (judge, attribute, model), the training judge first.
-        kept: means by (measure, model).
-        agreement: by (judge, other judge, attribute, model), the share of images that both read alike.
-        pairs: by (judge, attribute), images by their class before and after, as `PairMetric` counts them; without, the
-            two models' images are not taken for pairs.
+        total_variation: Total variation of all images together from the target, in [0, 1].
+        kullback_leibler: KL(frequencies ‖ target) of all images together, in nats.
+        total_variation_by_prompt: Mean over prompts of each prompt's total variation from its target, in [0, 1].
+        total_variation_by_prompt_low: Lower end of its 95 % bootstrap interval.
+        total_variation_by_prompt_high: Upper end of that interval.
+        total_variation_by_prompt_floor: Its expectation for a model that meets the target exactly.
+        per_prompt: Total variation of each prompt from its target.
     """
 
-    summaries: Mapping[Watched, BiasSummary]
-    kept: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    agreement: Mapping[tuple[str, str, str, str], float] = field(default_factory=dict)
-    pairs: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
+    total_variation: float | None
+    kullback_leibler: float | None
+    total_variation_by_prompt: float | None
+    total_variation_by_prompt_low: float | None
+    total_variation_by_prompt_high: float | None
+    total_variation_by_prompt_floor: float | None
+    per_prompt: tuple[float | None, ...]
 
 
-def results(
-    attributes: Sequence[str],
-    target: Shares,
-    prompts: Sequence[Prompt],
-    measured: Measured,
-    run: Mapping[str, object],
-    own_targets: Mapping[str, Shares] | None = None,
-) -> dict[str, Any]:
-    """Everything that a test measured, as JSON knows it: None for what is not known or infinite.
+@dataclass(frozen=True)
+class ModelBias:
+    """Figures of one model, for one classifier and attribute.
 
-    A prompt that names an attribute asks for one class of it: it counts in what the attribute's frequencies of that
-    prompt are, and in no mean over prompts.
+    Means are over the prompts that do not name the attribute; ``counts``, ``no_face`` and ``per_prompt`` have an entry
+    for every prompt.
 
-    Args:
-        attributes: what was aligned.
-        target: the target's share of each class, of each attribute and, where there are several, of their product.
-        prompts: of the test, in their order.
-        measured: what was seen of them.
-        run: facts of the run, such as steps, seconds and versions.
-        own_targets: by text, of prompts that have another target.
+    Attributes:
+        frequencies: Frequency of each class among all images with a face, in [0, 1].
+        bias: Mean over prompts of the bias, in [0, 2 / K].
+        spread: Standard deviation of the bias over prompts.
+        floor: Mean over prompts of the bias that a perfectly fair model scores with as many images.
+        above_floor: Bias minus floor.
+        low: Lower end of the 95 % bootstrap interval of the bias.
+        high: Upper end of that interval.
+        unbiased_rms_gap: Root mean square difference between the probabilities of two classes, in [0, 1].
+        unbiased_rms_gap_low: Lower end of its 95 % interval; None with fewer than ten prompts.
+        unbiased_rms_gap_high: Upper end of that interval.
+        unbiased_rms_gap_by_chance: What a fair model stays below in 95 of 100 audits of this size.
+        images: Number of images.
+        no_face_images: How many of them show no face.
+        prompts: Number of prompts with at least one face.
+        prompts_no_face: Number of prompts none of whose images shows a face.
+        prompts_naming: Number of prompts that name the attribute, and count in no mean.
+        per_prompt: Bias of each prompt; None where it names the attribute or shows no face.
+        counts: Number of images of each prompt and class, with shape (P, K).
+        no_face: Number of images of each prompt that show no face.
+        distance: Distance from the target; None if the attribute has none for these classes.
     """
-    targets = [(own_targets or {}).get(prompt.text, target) for prompt in prompts]
-    concepts = dict.fromkeys(prompt.concept for prompt in prompts)
-    every = range(len(prompts))
-    rows = {concept: [i for i in every if prompts[i].concept == concept] for concept in concepts}
-    bias = _figures(measured, prompts, targets, every)
-    return {
-        "version": VERSION,
-        "attributes": list(attributes),
-        "target": target,
-        "own_targets": own_targets or {},
-        "bias": bias,
-        "concepts": {
-            concept: _figures(measured, prompts, targets, rows[concept]) for concept in concepts if len(concepts) > 1
-        },
-        "agreement": _tree({key: _known(share) for key, share in measured.agreement.items()}),
-        "prompt_adherence": _tree(prompt_adherence(measured.summaries, prompts)),
-        "classifier_overfit": classifier_overfit(bias, list(target)),
-        "kept": _tree({key: _known(value) for key, value in measured.kept.items()}),
-        "run": {**run, "test_prompts": [prompt.text for prompt in prompts], "paired": bool(measured.pairs)},
-        "note": "Attributes are perceived, as classifiers read pictures; no figure describes a person.",
-    }
+
+    frequencies: tuple[float | None, ...]
+    bias: float | None
+    spread: float | None
+    floor: float | None
+    above_floor: float | None
+    low: float | None
+    high: float | None
+    unbiased_rms_gap: float | None
+    unbiased_rms_gap_low: float | None
+    unbiased_rms_gap_high: float | None
+    unbiased_rms_gap_by_chance: float | None
+    images: int
+    no_face_images: int
+    prompts: int
+    prompts_no_face: int
+    prompts_naming: int
+    per_prompt: tuple[float | None, ...]
+    counts: tuple[tuple[int, ...], ...]
+    no_face: tuple[int, ...]
+    distance: Distance | None = None
+
+    @property
+    def no_face_share(self) -> float | None:
+        """Share of all images that show no face; None without images."""
+        images = sum(map(sum, self.counts)) + sum(self.no_face)
+        return sum(self.no_face) / images if images else None
 
 
-def classifier_overfit(bias: Mapping[str, Any], aligned: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """The share of an improvement that only the training classifier sees, which measures how far it was fooled.
+@dataclass(frozen=True)
+class AttributeResult:
+    """What one classifier sees of one attribute.
 
-    Args:
-        bias: of results.json, the training judge first.
-        aligned: the attributes that finetuning aimed at; of others a change is chance, and a share of it says nothing.
-
-    Returns:
-        For each other judge and aligned attribute (d - d') / d, where d and d' are the shares by which the bias fell by
-        the training judge and by the other (where targets are unequal, the distance from them): 0 if both see the same,
-        1 if the other sees nothing of it; None where it did not fall, or may have by chance. Shares, because a judge
-        that errs more sees less bias before and after alike.
+    Attributes:
+        classes: Names of the K classes.
+        maximum: Largest possible bias, 2 / K.
+        measure: What the target asks to compare: ``bias`` or, for unequal targets, ``distance``.
+        original: The base model.
+        ema: The finetuned model (EMA); None if one model was measured alone.
+        drift: Total variation between the pooled class frequencies of the two models, in [0, 1].
+        p_value: Two-sided p-value of the change in ``measure``.
+        pairs: Number of image pairs from the same noise by the class of the base model's image (row) and of the
+            finetuned model's (column), with shape (K + 1, K + 1), where the last class is no face; None if unpaired.
     """
-    (_, first), *others = bias.items()
-    found: dict[str, dict[str, float | None]] = {}
-    for judge, seen in others:
-        for name in [name for name in seen if name in aligned and "ema" in seen[name] and name in first]:
-            own, other = _fell(first[name]), _fell(seen[name])
-            p = first[name]["p_value"]
-            clear = own is not None and other is not None and own > 0 and p is not None and p < SIGNIFICANT
-            found.setdefault(judge, {})[name] = (own - other) / own if clear else None
-    return found
+
+    classes: tuple[str, ...]
+    maximum: float
+    measure: Measure
+    original: ModelBias
+    ema: ModelBias | None = None
+    drift: float | None = None
+    p_value: float | None = None
+    pairs: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def last(self) -> ModelBias:
+        """The finetuned model if there is one, else the base model."""
+        return self.ema or self.original
+
+    @property
+    def models(self) -> dict[str, ModelBias]:
+        """The models that were measured, by name."""
+        return {"original": self.original} | ({"ema": self.ema} if self.ema else {})
+
+    @property
+    def named_by_all(self) -> bool:
+        """Whether every prompt names the attribute, so that there is no bias to measure."""
+        return self.original.prompts_naming == len(self.original.counts)
 
 
-def _fell(models: Mapping[str, Any]) -> float | None:
-    """The share by which a model became fairer, by the measure that its targets ask for."""
-    before, after = (
-        side["bias"] if models["measure"] == "bias" else side["distance"]["total_variation_by_prompt"]
-        for side in (models["original"], models["ema"])
-    )
-    return None if not before or after is None else 1 - after / before
+@dataclass(frozen=True)
+class NamedShare:
+    """Share of the images with a face that show the class that their prompt names.
 
-
-def _figures(
-    measured: Measured,
-    prompts: Sequence[Prompt],
-    targets: Sequence[Shares],
-    rows: Sequence[int],
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Summaries of some prompts by judge, attribute and model.
-
-    Each has its gap and, if aligned, its distance from the target. Beside the models, each attribute has the measure
-    that its targets ask for and, of two models, the drift of its frequencies and the p-value of the change.
+    Attributes:
+        share: The share, in [0, 1].
+        low: Lower end of its 95 % interval (Wilson's) over images.
+        high: Upper end of that interval.
+        images: Number of images with a face.
     """
-    figures: dict[str, dict[str, dict[str, Any]]] = {}
-    for (judge, name, model), whole in measured.summaries.items():
-        used = [i for i in rows if not names_any(prompts[i], name)]
-        summary = whole if len(used) == len(whole.counts) else whole.of(used)
-        wanted = _wanted(name, summary.classes, [targets[i] for i in used])
-        counts = np.reshape(summary.counts, (len(used), len(summary.classes)))
-        low, high = gap_interval(counts)
-        found = summary.as_dict() | {
-            "above_floor": _known(summary.bias - summary.floor),
-            "gap": _known(unbiased_rms_gap(counts)),
-            "gap_low": _known(low),
-            "gap_high": _known(high),
-            "gap_by_chance": _known(gap_by_chance(counts.sum(1), len(summary.classes))),
-            "prompts_naming": len(rows) - len(used),
-        }
-        found |= {"counts": [list(whole.counts[i]) for i in rows], "no_face": [whole.no_face[i] for i in rows]}
-        found["per_prompt"] = _spread(summary.per_prompt, used, rows)
-        if wanted is not None:
-            found["distance"] = distances(counts, wanted)
-            found["distance"]["per_prompt"] = _spread(found["distance"]["per_prompt"], used, rows)
-        models = figures.setdefault(judge, {}).setdefault(name, {})
-        models[model] = found
-        models["measure"] = "bias" if wanted is None or _even(wanted) else "distance"
-        if (before := measured.summaries.get((judge, name, "original"))) and model == "ema":
-            before = before if len(used) == len(before.counts) else before.of(used)
-            drift = frequency_drift(*(torch.tensor(side.frequencies) for side in (before, summary)))
-            unequal = None if models["measure"] == "bias" else wanted
-            models["drift"] = _known(drift)
-            if (pairs := measured.pairs.get((judge, name))) is not None:
-                p = swap_test(pairs[torch.tensor(used, dtype=torch.int64)].numpy(), unequal)
-            else:
-                p = permutation_test(np.reshape(before.counts, counts.shape), counts, unequal)
-            models["p_value"] = _known(p)
-    return figures
+
+    share: float | None
+    low: float | None
+    high: float | None
+    images: int
 
 
-def rows_of(content: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """The rows of a table of biases: judge, attribute and figures, without what every prompt names."""
-    return [
-        (judge, name, models)
-        for judge, seen in content["bias"].items()
-        for name, models in seen.items()
-        if models["original"]["prompts_naming"] < len(models["original"]["counts"])
-    ]
+@dataclass(frozen=True)
+class Adherence(NamedShare):
+    """Prompt adherence of one model, for one classifier and attribute.
 
-
-def no_face_share(side: Mapping[str, Any]) -> float | None:
-    """The share of a model's images without a face; None of no images."""
-    images = sum(map(sum, side["counts"])) + sum(side["no_face"])
-    return sum(side["no_face"]) / images if images else None
-
-
-def names_any(prompt: Prompt, label: str) -> bool:
-    """Whether a prompt names an attribute, or one of a product's."""
-    return bool(dict(prompt.names).keys() & set(attributes_of(label)))
-
-
-def _wanted(name: str, classes: Sequence[str], targets: Sequence[Shares]) -> NDArray | None:
-    """The target of each prompt, with shape (prompts, K); None if it is not aligned, or a judge has other classes."""
-    if not targets or any(of.get(name, {}).keys() != set(classes) for of in targets):
-        return None
-    return np.array([[of[name][kind] for kind in classes] for of in targets])
-
-
-def _even(wanted: NDArray) -> bool:
-    return bool(np.allclose(wanted, 1 / wanted.shape[1]))
-
-
-def _spread(values: Sequence[float | None], used: Sequence[int], rows: Sequence[int]) -> list[float | None]:
-    """Values of the used rows, and None for the others."""
-    of = dict(zip(used, values, strict=True))
-    return [None if (value := of.get(i)) is None else _known(value) for i in rows]
-
-
-def prompt_adherence(
-    summaries: Mapping[Watched, BiasSummary], prompts: Sequence[Prompt]
-) -> dict[Watched, dict[str, Any]]:
-    """The share of images with a face that show what their prompts name, of each attribute, and of each named class."""
-    found: dict[Watched, dict[str, Any]] = {}
-    for (judge, name, model), summary in summaries.items():
-        shown: dict[str, list[int]] = {}
-        for prompt, counts in zip(prompts, summary.counts, strict=True):
-            if (kind := dict(prompt.names).get(name)) in summary.classes:
-                so_far = shown.setdefault(kind, [0, 0])
-                so_far[0] += counts[summary.classes.index(kind)]
-                so_far[1] += sum(counts)
-        if shown:
-            whole = _share(*(sum(column) for column in zip(*shown.values(), strict=True)))
-            found[judge, name, model] = whole | {"classes": {kind: _share(*of) for kind, of in shown.items()}}
-    return found
-
-
-def _share(shown: int, images: int) -> dict[str, float | int | None]:
-    """A share of images with its 95 % interval (Wilson's), which takes the prompts as they are."""
-    if not images:
-        return {"share": None, "low": None, "high": None, "images": 0}
-    interval = binomtest(shown, images).proportion_ci(method="wilson")
-    return {"share": shown / images, "low": float(interval.low), "high": float(interval.high), "images": images}
-
-
-def _tree(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Values by their keys' parts, one level a part."""
-    tree: dict[str, Any] = {}
-    for (*path, last), value in flat.items():
-        branch = tree
-        for part in path:
-            branch = branch.setdefault(part, {})
-        branch[last] = value
-    return tree
-
-
-def distances(counts: NDArray, target: NDArray) -> dict[str, Any]:
-    """How far images are from their prompts' targets: all prompts together, and each by itself.
-
-    Together, the target is that of the prompts, each as often as it has images.
-
-    Args:
-        counts: images of each class, with shape (prompts, classes).
-        target: with the same shape.
+    Attributes:
+        share: As in ``NamedShare``; this and the next three are over all named classes.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        images: Number of images with a face.
+        classes: The same for each named class.
     """
-    by_prompt, floors = distance_by_prompt(counts, target)
-    images = counts.sum(1, keepdims=True)
-    seen = images[:, 0] > 0
-    together = target_distance(counts.sum(0), (images * target).sum(0) / max(images.sum(), 1))
-    low, high = bootstrap_interval(torch.from_numpy(counts), target=torch.from_numpy(target))
-    found = together | {
-        "total_variation_by_prompt_low": low,
-        "total_variation_by_prompt_high": high,
-        "total_variation_by_prompt": by_prompt[seen].mean() if seen.any() else math.nan,
-        "total_variation_by_prompt_floor": floors[seen].mean() if seen.any() else math.nan,
-    }
-    return {key: _known(float(value)) for key, value in found.items()} | {"per_prompt": by_prompt.tolist()}
+
+    classes: dict[str, NamedShare]
 
 
-def surroundings() -> dict[str, object]:
-    """The machine, and the versions of what the figures depend on; a checkout need not be installed."""
-    versions = {"fairness_dft": __version__} | {name: version(name) for name in PACKAGES}
-    return {"machine": platform.platform(), "versions": versions}
+@dataclass(frozen=True)
+class RunFacts:
+    """How the figures were obtained.
 
-
-def write_json(file: Path, content: dict[str, object]) -> None:
-    """Write JSON in one piece: a reader never sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".part")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draft.replace(file)
-
-
-def write_csv(file: Path, content: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
-    """Write what was seen of each prompt: a row for each judge, attribute, model and class.
-
-    Args:
-        file: where to.
-        content: of results.json.
-        prompts: in their order there.
+    Attributes:
+        date: Day of the measurement, UTC, as YYYY-MM-DD.
+        model: Folder or hub id of the base model; None where images of others were measured.
+        adapter: The adapter that an audit compares with the base model.
+        images: Folder of the images of others that an audit measures.
+        split: Which prompts were measured: ``test``, ``validation`` or ``train``.
+        images_per_prompt: Number of images of each prompt; of folders the smallest.
+        test_prompts: The measured prompts, in the order of every per-prompt list.
+        paired: Whether the images of both models come from the same noise and were compared in pairs.
+        seconds: Duration of the measurement.
+        steps: Number of training steps.
+        training_seconds: Duration of the training.
+        training_images_per_prompt: Number of images of one training step.
+        test_prompts_trained_on: Those test prompts that are also training prompts.
+        truncated_text: By prompt, its end that the text encoder does not read.
+        machine: Platform.
+        versions: Version of each package that figures depend on.
     """
-    draft = file.with_suffix(".part")
-    with draft.open("w", newline="", encoding="utf-8") as opened:
-        rows = csv.writer(opened)
-        rows.writerow(COLUMNS)
-        for judge, attributes in content["bias"].items():
-            for name, models in attributes.items():
-                for model in [model for model in MODELS if model in models]:
-                    for index, prompt in enumerate(prompts):
-                        told = class_rows(models[model], index, targets_of(content, prompt.text).get(name, {}))
-                        rows.writerows([*prompt[:3], judge, name, model, *row] for row in told)
-    draft.replace(file)
+
+    date: str = ""
+    model: str | None = None
+    adapter: str | None = None
+    images: str | None = None
+    split: str | None = "test"
+    images_per_prompt: int | None = None
+    test_prompts: tuple[str, ...] = ()
+    paired: bool = False
+    seconds: float | None = None
+    steps: int | None = None
+    training_seconds: float | None = None
+    training_images_per_prompt: int | None = None
+    test_prompts_trained_on: tuple[str, ...] = ()
+    truncated_text: dict[str, str] = field(default_factory=dict)
+    machine: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls, **facts: Any) -> "RunFacts":
+        """Return facts together with today's date, this machine and the versions of packages."""
+        versions = {"fairness_dft": __version__} | {name: version(name) for name in PACKAGES}
+        today = datetime.now(timezone.utc).date().isoformat()
+        return cls(date=today, machine=platform.platform(), versions=versions, **facts)
 
 
-def class_rows(side: Mapping[str, Any], index: int, target: Mapping[str, float]) -> Iterator[list[Any]]:
-    """Of one prompt and model, for each class the last of `COLUMNS`."""
-    counts = side["counts"][index]
-    distance = side["distance"]["per_prompt"][index] if "distance" in side else None
-    bias = side["per_prompt"][index]
-    floor = None if bias is None else float(finite_sample_floor(sum(counts), len(counts)))
-    for kind, count in zip(side["classes"], counts, strict=True):
-        share = count / sum(counts) if sum(counts) else None
-        yield [kind, count, share, target.get(kind), bias, floor, distance, side["no_face"][index]]
+@dataclass(frozen=True)
+class Results:
+    """Everything that a test or an audit measured.
+
+    Attributes:
+        attributes: The aligned attributes.
+        target: Target share of each class, by aligned attribute and for their product.
+        own_targets: The same by prompt, for prompts with another target.
+        bias: Figures by classifier and attribute; the training classifier comes first.
+        concepts: The same for the prompts of each concept; empty if there is only one.
+        agreement: By classifier, other classifier, attribute and model: share of images that both read alike.
+        prompt_adherence: By classifier, attribute and model.
+        classifier_overfit: By classifier and attribute: share of the improvement that only the training classifier
+            sees.
+        kept: By measure and model: what finetuning keeps of image and prompt.
+        run: How the figures were obtained.
+    """
+
+    attributes: tuple[str, ...]
+    target: dict[str, dict[str, float]]
+    own_targets: dict[str, dict[str, dict[str, float]]]
+    bias: dict[str, dict[str, AttributeResult]]
+    concepts: dict[str, dict[str, dict[str, AttributeResult]]]
+    agreement: dict[str, dict[str, dict[str, dict[str, float | None]]]]
+    prompt_adherence: dict[str, dict[str, dict[str, Adherence]]]
+    classifier_overfit: dict[str, dict[str, float | None]]
+    kept: dict[str, dict[str, float | None]]
+    run: RunFacts
+
+    @property
+    def label(self) -> str:
+        """The aligned attribute, or the product of several."""
+        return TIMES.join(self.attributes)
+
+    @property
+    def aligned(self) -> tuple[str, ...]:
+        """The product of the aligned attributes, and each of them."""
+        return tuple(dict.fromkeys((self.label, *self.attributes)))
+
+    @property
+    def compared(self) -> bool:
+        """Whether two models were measured."""
+        return any(result.ema is not None for seen in self.bias.values() for result in seen.values())
+
+    def rows(self) -> Iterator[tuple[str, str, AttributeResult]]:
+        """Yield classifier, attribute and figures, without attributes that every prompt names."""
+        for classifier, seen in self.bias.items():
+            for name, result in seen.items():
+                if not result.named_by_all:
+                    yield classifier, name, result
+
+    def target_of(self, prompt: str) -> dict[str, dict[str, float]]:
+        """Return the target of one prompt, for each aligned attribute and their product."""
+        return self.own_targets.get(prompt, self.target)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of results.json: lists for tuples, None for what is not finite."""
+        content: dict[str, Any] = _plain({"version": VERSION, "note": NOTE, **asdict(self)})
+        return content
+
+    def write(self, file: Path) -> None:
+        """Write results.json in one piece."""
+        text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        with replacing(file) as draft:
+            draft.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: Path) -> "Results":
+        """Read results.json.
+
+        Raises:
+            ValueError: If the file is not a results.json of this version.
+        """
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["version"] != VERSION:
+                raise ValueError(f"is of version {content['version']}, but must be of version {VERSION}")
+            found: Results = _parsed(cls, {key: content[key] for key in content if key not in ("version", "note")})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = str(error) if str(error).startswith("is ") else "is not a results file of this program"
+            raise ValueError(
+                f"{str(file)!r} {reason}: measure the model again with evaluate, or remove the file to go on without "
+                "its figures"
+            ) from error
+        return found
 
 
-def targets_of(content: Mapping[str, Any], prompt: str) -> Shares:
-    """A prompt's target, of each aligned attribute and of their product."""
-    return content["own_targets"].get(prompt, content["target"])
-
-
-def _known(value: float) -> float | None:
+def known(value: float) -> float | None:
+    """Return a figure, or None if it is not finite."""
     return value if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return known(value) if isinstance(value, float) else value
+
+
+def _parsed(kind: Any, value: Any) -> Any:
+    """Build a value of an annotated type from what JSON knows."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if set(value) != {entry.name for entry in fields(kind)}:
+            raise ValueError(f"keys of {kind}: {sorted(value)}")
+        return kind(**{name: _parsed(hints[name], value[name]) for name in value})  # type: ignore[operator]
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _parsed(arguments[0], value)
+    if origin is tuple:
+        return tuple(_parsed(arguments[0], item) for item in value)
+    if origin is dict:
+        return {key: _parsed(arguments[1], item) for key, item in value.items()}
+    return value

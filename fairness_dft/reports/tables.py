@@ -1,135 +1,185 @@
 """Results as tables in the terminal."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from fairness_dft.attributes import TIMES
-from fairness_dft.reports.results import no_face_share, rows_of
+from fairness_dft.reports.results import ModelBias, Results
 
-TITLES = {"original": "before", "ema": "after", "trained": "after (not averaged)"}
+TITLES = {"original": "base model", "ema": "finetuned model (EMA)", "trained": "finetuned model (last step)"}
+SIDES = ("base model", "finetuned")
+TEXT = ("concept", "attribute", "class", "classifier", "measure")  # columns of words, which stand at the left
+T = TypeVar("T")
 
 
-def print_results(content: dict, console: Console | None = None) -> None:
-    """Print the results as short tables: bias before and after, by concept too, frequencies, and what was kept."""
+def print_results(results: Results, console: Console | None = None) -> None:
+    """Print results as short tables: bias, bias by concept, frequencies, prompt adherence and what is kept."""
     console = console or Console()
-    table = Table(
-        title=f"Bias on the test prompts (perceived attributes; aligned: {', '.join(content['attributes'])})",
-        caption="bias is against equal shares, whatever the target",
+    biased = any(True for _ in results.rows())
+    if biased:
+        console.print(bias_table(results))
+    if results.concepts:
+        console.print(concept_table(results))
+    if any(result.measure == "distance" for seen in results.bias.values() for result in seen.values()):
+        console.print(distance_table(results))
+    if biased:
+        console.print(frequency_table(results))
+    if results.prompt_adherence:
+        console.print(adherence_table(results))
+    console.print(kept_table(results))
+
+
+def new_table(title: str, columns: Iterable[str], caption: str | None = None, wrapped: Sequence[str] = ()) -> Table:
+    """Return a table without rows.
+
+    Args:
+        title: The title.
+        columns: Headers; words stand at the left, figures at the right.
+        caption: Line below the table.
+        wrapped: Columns whose cells may break into lines.
+    """
+    table = Table(title=title, caption=caption)
+    for column in columns:
+        table.add_column(column, no_wrap=column not in wrapped, justify="left" if column in TEXT else "right")
+    return table
+
+
+def classifier_title(results: Results, classifier: str) -> str:
+    """Return what a classifier is called: without a finetuned model the ``training`` classifier is just the first."""
+    return "first" if classifier == "training" and not results.compared else classifier
+
+
+def breakable(name: str) -> str:
+    """Return the name of a product of attributes with room to break the line."""
+    return name.replace(TIMES, f" {TIMES} ")
+
+
+def sides(results: Results, alone: str) -> tuple[str, ...]:
+    """Return the headers of a figure's columns: one for each model, or one for a model alone."""
+    return SIDES if results.compared else (alone,)
+
+
+def both(results: Results, original: T, ema: T) -> tuple[T, ...]:
+    """Return the cells below ``sides``."""
+    return (original, ema) if results.compared else (original,)
+
+
+def bias_table(results: Results) -> Table:
+    """Return the bias of every attribute by every classifier, with its interval, floor and maximum."""
+    columns = ("attribute", "classifier", *sides(results, "bias"), "95 % int.", "floor", "max.")
+    table = new_table(
+        f"Bias on the test prompts (perceived attributes; aligned: {', '.join(results.attributes)})",
+        columns,
+        "mean ± standard deviation over prompts, against equal shares;\na fair model scores the floor on average",
+        wrapped=("attribute",),
     )
-    for column in ("attribute", "judge", "before", "after", "95 % int.", "floor", "drift"):
-        left = column in ("attribute", "judge")
-        table.add_column(column, no_wrap=column != "attribute", justify="left" if left else "right")
-    for judge, name, models in rows_of(content):
-        before, after = models["original"], models.get("ema")
-        last = after or before
-        table.add_row(
-            name.replace(TIMES, f" {TIMES} "),  # where it may be broken
-            judge,
-            *map(_with_spread, (before, after)),
-            f"{number(last['low'])}–{number(last['high'])}",
-            number(last["floor"]),
-            number(models.get("drift")),
-        )
-    if table.row_count:
-        console.print(table)
-    if content["concepts"]:
-        console.print(concept_table(content))
-    if any(models["measure"] != "bias" for seen in content["bias"].values() for models in seen.values()):
-        console.print(distance_table(content))
-    if table.row_count:
-        console.print(frequency_table(content))
-    if content["prompt_adherence"]:
-        console.print(adherence_table(content))
-    kept = Table(title="What was kept")
-    for column in ("measure", "before", "after"):
-        kept.add_column(column, justify="left" if column == "measure" else "right")
-    for measure, models in content["kept"].items():
-        kept.add_row(measure, number(models.get("original"), 3), number(models.get("ema"), 3))
-    faces = next(iter(next(iter(content["bias"].values())).values()))
-    without = (no_face_share(faces[model]) if model in faces else None for model in ("original", "ema"))
-    kept.add_row("without a face", *(number(share, 3) for share in without))
-    console.print(kept)
-
-
-def adherence_table(content: dict) -> Table:
-    """Whether images show what their prompts name."""
-    table = Table(title="Images that show what their prompt names")
-    for column in ("attribute", "judge", "before", "after", "images"):
-        left = column in ("attribute", "judge")
-        table.add_column(column, justify="left" if left else "right")
-    for judge, seen in content["prompt_adherence"].items():
-        for name, models in seen.items():
-            shares = (number(models.get(model, {}).get("share"), 3) for model in ("original", "ema"))
-            table.add_row(name, judge, *shares, str(models["original"]["images"]))
-            for kind in models["original"]["classes"] if len(models["original"]["classes"]) > 1 else ():
-                of = [models[model]["classes"][kind] for model in ("original", "ema") if model in models]
-                shares = [number(side["share"], 3) for side in of] + ["–"] * (2 - len(of))
-                table.add_row(f"  {kind}", judge, *shares, str(of[0]["images"]))
+    for classifier, name, result in results.rows():
+        biases = both(results, with_spread(result.original), with_spread(result.ema))
+        title = classifier_title(results, classifier)
+        table.add_row(breakable(name), title, *biases, *reading(result.last), number(result.maximum))
     return table
 
 
-def concept_table(content: dict) -> Table:
-    """The bias of the aligned attributes, and of their product, on the prompts of each concept."""
-    table = Table(title="Bias by concept", caption="bias is against equal shares, whatever the target; ± over prompts")
-    aligned = dict.fromkeys((TIMES.join(content["attributes"]), *content["attributes"]))
-    for column in ("concept", "attribute", "judge", "before", "after", "95 % int.", "floor"):
-        left = column in ("concept", "attribute", "judge")
-        table.add_column(column, no_wrap=not left, justify="left" if left else "right")
-    for concept, judges in content["concepts"].items():
-        for name in aligned:
-            for judge, seen in judges.items():
+def concept_table(results: Results) -> Table:
+    """Return the bias of the aligned attributes, and of their product, for the prompts of each concept."""
+    columns = ("concept", "attribute", "classifier", *sides(results, "bias"), "95 % int.", "floor")
+    table = new_table(
+        "Bias by concept", columns, "mean ± standard deviation over prompts, against equal shares", columns[:3]
+    )
+    for concept, classifiers in results.concepts.items():
+        for name in results.aligned:
+            for classifier, seen in classifiers.items():
                 if name in seen:
-                    before, after = seen[name]["original"], seen[name].get("ema")
-                    last = after or before
-                    interval = f"{number(last['low'])}–{number(last['high'])}"
-                    biases = map(_with_spread, (before, after))
-                    label = name.replace(TIMES, f" {TIMES} ")
-                    table.add_row(concept, label, judge, *biases, interval, number(last["floor"]))
+                    result = seen[name]
+                    biases = both(results, with_spread(result.original), with_spread(result.ema))
+                    title = classifier_title(results, classifier)
+                    table.add_row(concept, breakable(name), title, *biases, *reading(result.last))
     return table
 
 
-def distance_table(content: dict) -> Table:
-    """How far prompts are from targets of unequal shares."""
-    table = Table(title="Distance of a prompt from its target", caption="total variation, averaged over prompts")
-    for column in ("aligned", "judge", "before", "after", "floor"):
-        table.add_column(column, justify="left" if column in ("aligned", "judge") else "right")
-    for judge, seen in content["bias"].items():
-        for name, models in seen.items():
-            if models["measure"] != "bias":
-                found = [models.get(model, {}).get("distance", {}) for model in ("original", "ema")]
-                shown = [number(side.get("total_variation_by_prompt")) for side in found]
-                floor = (found[1] or found[0])["total_variation_by_prompt_floor"]
-                table.add_row(name.replace(TIMES, f" {TIMES} "), judge, *shown, number(floor))
+def distance_table(results: Results) -> Table:
+    """Return how far prompts are from unequal targets."""
+    columns = ("attribute", "classifier", *sides(results, "distance"), "floor")
+    table = new_table("Distance of a prompt from its target", columns, "total variation, averaged over prompts")
+    for classifier, seen in results.bias.items():
+        for name, result in seen.items():
+            if result.measure == "distance" and (last := result.last.distance):
+                means = [side and side.distance and side.distance.total_variation_by_prompt
+                         for side in (result.original, result.ema)]  # fmt: skip
+                cells = both(results, *map(number, means))
+                floor = number(last.total_variation_by_prompt_floor)
+                table.add_row(breakable(name), classifier_title(results, classifier), *cells, floor)
     return table
 
 
-def frequency_table(content: dict) -> Table:
-    """How often each class of the aligned attributes was seen, beside its target."""
-    others = len(content["own_targets"])
-    caption = f"prompts with targets of their own: {others}" if others else None
-    table = Table(title="Frequencies on the test prompts, each attribute by itself", caption=caption)
-    for column in ("aligned", "class", "judge", "target", "before", "after"):
-        table.add_column(column, no_wrap=True, justify="left" if column in ("aligned", "class", "judge") else "right")
-    for name in content["attributes"]:
-        for judge, seen in content["bias"].items():
+def frequency_table(results: Results) -> Table:
+    """Return how often each class of the aligned attributes was seen, beside its target share."""
+    own = len(results.own_targets)
+    columns = ("attribute", "class", "classifier", "target", *sides(results, "frequency"))
+    table = new_table(
+        "Class frequencies on the test prompts", columns, f"prompts with targets of their own: {own}" if own else None
+    )
+    for name in results.attributes:
+        for classifier, seen in results.bias.items():
             if name in seen:
-                # By name: another judge may have its classes in another order.
-                before, after = (
-                    dict(zip(side["classes"], side["frequencies"], strict=True)) if side else {}
-                    for side in (seen[name]["original"], seen[name].get("ema"))
+                # By name: another classifier may list its classes in another order.
+                original, ema = (
+                    dict(zip(seen[name].classes, side.frequencies, strict=True)) if side else {}
+                    for side in (seen[name].original, seen[name].ema)
                 )
-                for shown, share in content["target"][name].items():
-                    table.add_row(name, shown, judge, *map(number, (share, before.get(shown), after.get(shown))))
+                title = classifier_title(results, classifier)
+                for label, share in results.target[name].items():
+                    shares = both(results, number(original.get(label)), number(ema.get(label)))
+                    table.add_row(name, label, title, number(share), *shares)
     return table
 
 
-def _with_spread(side: Mapping[str, Any] | None) -> str:
-    return f"{number(side['bias'])}±{number(side['spread'])}" if side else "–"
+def adherence_table(results: Results) -> Table:
+    """Return how many images show the class that their prompt names."""
+    columns = ("attribute", "classifier", *sides(results, "share"), "images")
+    table = new_table("Prompt adherence: images that show what their prompt names", columns)
+    for classifier, seen in results.prompt_adherence.items():
+        title = classifier_title(results, classifier)
+        for name, models in seen.items():
+            first, last = models["original"], models.get("ema")
+            shares = both(results, number(first.share, 3), number(last and last.share, 3))
+            table.add_row(name, title, *shares, str(first.images))
+            for label, side in first.classes.items() if len(first.classes) > 1 else ():
+                after = number(last and last.classes[label].share, 3)
+                table.add_row(f"  {label}", title, *both(results, number(side.share, 3), after), str(side.images))
+    return table
+
+
+def kept_table(results: Results) -> Table:
+    """Return what finetuning keeps of image and prompt, and the share of images that show no face."""
+    title = "What finetuning keeps" if results.compared else "Image and prompt"
+    table = new_table(title, ("measure", *sides(results, "value")))
+    for measure, models in results.kept.items():
+        table.add_row(measure, *both(results, *(number(models.get(model), 3) for model in ("original", "ema"))))
+    first = next(iter(next(iter(results.bias.values())).values()))
+    shares = (number(side and side.no_face_share, 3) for side in (first.original, first.ema))
+    table.add_row("images that show no face", *both(results, *shares))
+    return table
+
+
+def with_spread(side: ModelBias | None) -> str:
+    """Return a bias with its standard deviation over prompts."""
+    return f"{number(side.bias)}±{number(side.spread)}" if side else "–"
+
+
+def reading(side: ModelBias) -> tuple[str, str]:
+    """Return what a bias is read against: its 95 % interval and its floor."""
+    return f"{number(side.low)}–{number(side.high)}", number(side.floor)
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A figure, or a dash where there is none."""
+    """Return a figure as text, or a dash if it is not known.
+
+    Example:
+        >>> number(0.125, 3), number(None)
+        ('0.125', '–')
+    """
     return "–" if value is None else f"{value:.{digits}f}"

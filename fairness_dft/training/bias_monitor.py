@@ -165,7 +165,7 @@ class BiasMonitor(EvaluationCallback):
                 module.log(f"{group}/floor", summary.floor, sync_dist=True)
                 for name, share in zip(summary.classes, summary.frequencies, strict=True):
                     module.log(f"{prefix}frequency_{tag}/{name}_{model}", share, sync_dist=True)
-                without = summary.no_face_share / max(summary.images, 1)
+                without = summary.no_face_images / max(summary.images, 1)
                 module.log(f"{prefix}faces/without_face_{model}", without, sync_dist=True)
             else:
                 module.log(f"{group}/{model}_{judge}", summary.bias, sync_dist=True)

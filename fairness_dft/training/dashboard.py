@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from fairness_dft.attributes import TIMES
+from fairness_dft.reports.results import Results
 from fairness_dft.training.module import FairFinetuning
 
 Layout = dict[str, dict[str, list[Any]]]
@@ -64,20 +65,16 @@ def multiline(curves: str) -> list[Any]:
     return ["Multiline", [curves]]
 
 
-def final_metrics(content: dict[str, Any]) -> dict[str, float]:
-    """The figures of a run that the tab HParams compares: bias by each judge, its floor, and what was kept.
-
-    Args:
-        content: of results.json.
-    """
-    found = {}
-    for judge, seen in content["bias"].items():
-        for name in dict.fromkeys((TIMES.join(content["attributes"]), *content["attributes"])):
+def final_metrics(results: Results) -> dict[str, float]:
+    """Return the figures that the tab HParams compares: bias by each classifier, its floor, and what is kept."""
+    figures: dict[str, float | None] = {}
+    for classifier, seen in results.bias.items():
+        for name in results.aligned:
             if name in seen:
-                found[f"test/bias_{name}_{judge}"] = seen[name]["ema"]["bias"]
-                found[f"test/floor_{name}_{judge}"] = seen[name]["ema"]["floor"]
-                if seen[name]["measure"] == "distance":
-                    far = seen[name]["ema"]["distance"]["total_variation_by_prompt"]
-                    found[f"test/distance_{name}_{judge}"] = far
-    found |= {f"test/{measure}": models["ema"] for measure, models in content["kept"].items()}
-    return {name: value for name, value in found.items() if value is not None}
+                side = seen[name].last
+                figures[f"test/bias_{name}_{classifier}"] = side.bias
+                figures[f"test/floor_{name}_{classifier}"] = side.floor
+                if seen[name].measure == "distance" and side.distance:
+                    figures[f"test/distance_{name}_{classifier}"] = side.distance.total_variation_by_prompt
+    figures |= {f"test/{measure}": models["ema"] for measure, models in results.kept.items()}
+    return {name: value for name, value in figures.items() if value is not None}

@@ -1,7 +1,6 @@
 """What finetuning keeps: CLIP-T, CLIP-I, DINO, FID and KID (paper, section 5)."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -14,7 +13,8 @@ from fairness_dft.features import Clip
 from fairness_dft.metrics.fidelity import Fidelity, Inception
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.files import Prompt
-from fairness_dft.reports.results import Measured, results
+from fairness_dft.reports.build import Measured, build_results
+from fairness_dft.reports.results import Results, RunFacts
 from fairness_dft.training.bias_monitor import BiasMonitor
 from fairness_dft.training.evaluation_callback import EvaluationCallback
 from fairness_dft.training.module import FairFinetuning
@@ -128,16 +128,21 @@ def by_name(networks: Iterable[nn.Module]) -> dict[str, nn.Module]:
     return named
 
 
-def results_of_test(module: FairFinetuning, prompts: Sequence[Prompt], run: dict[str, object]) -> dict[str, Any]:
-    """What results.json says of the test that just ran.
+def model_name(module: FairFinetuning) -> str:
+    """Return the folder or hub id of the base model."""
+    return str(getattr(module.generator, "path", type(module.generator).__name__))
+
+
+def results_of_test(module: FairFinetuning, prompts: Sequence[Prompt], run: RunFacts) -> Results:
+    """Return the results of the test that just ran.
 
     Args:
         module: what was tested, by a trainer with both monitors.
         prompts: of the test, in their order.
-        run: facts of the run.
+        run: Facts of the run.
     """
     found = {type(callback): callback for callback in module.trainer.callbacks}
     bias, quality = found[BiasMonitor], found[QualityMonitor]
     measured = Measured(bias.summaries, quality.values, bias.agreement, bias.pairs)
     own = module.targets.own_shares(prompts)
-    return results(module.attribute.names, module.targets.shares(), prompts, measured, run, own)
+    return build_results(module.attribute.names, module.targets.shares(), prompts, measured, run, own)

@@ -13,7 +13,7 @@ from fairness_dft.alignment.counts import enumerate_counts
 from fairness_dft.alignment.transport import mean_assignment, transport_cost
 from fairness_dft.metrics.bias import summarize_bias
 from fairness_dft.prompts.files import Prompt
-from fairness_dft.reports.results import Measured, results, write_json
+from fairness_dft.reports.build import Measured, build_results
 
 WAYS = ("authors", "exact, cold", "exact, warm", "exact, activations kept, warm", "1 of 2 steps, warm")
 
@@ -155,8 +155,8 @@ def test_the_table_of_experiments_is_what_the_runs_say(tmp_path: Path, capsys, m
     target = {"gender": {"man": 0.5, "woman": 0.5}, "age": {"young": 0.75, "old": 0.25}}
     measured = Measured(sides, {("clip_t", "original"): 0.31, ("clip_t", "ema"): 0.3, ("subject_kept", "ema"): 0.99})
     for names in (["age"], ["gender"]):
-        found = results(names, target, [Prompt("a chef", "chef", "work")], measured, {})
-        write_json(tmp_path / names[0] / "results.json", found)
+        found = build_results(names, target, [Prompt("a chef", "chef", "work")], measured)
+        found.write(tmp_path / names[0] / "results.json")
         (tmp_path / names[0] / "config.yaml").write_text(f"name: {names[0]}\nseed_everything: 7\n")
     monkeypatch.setattr("sys.argv", ["table", f"mine={tmp_path / 'age'}", str(tmp_path / "gender")])
     table.main()

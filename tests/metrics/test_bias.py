@@ -135,7 +135,7 @@ def test_interval_holds_the_estimate_and_repeats() -> None:
     assert low < narrow_low < narrow_high < high
 
 
-def test_interval_leaves_out_prompts_without_faces() -> None:
+def test_interval_leaves_out_prompts_no_faces() -> None:
     counts = torch.tensor([[20, 4], [3, 21], [12, 12]])
     assert bootstrap_interval(torch.cat([counts, torch.zeros(2, 2, dtype=torch.int64)])) == bootstrap_interval(counts)
     assert all(math.isnan(end) for end in bootstrap_interval(torch.zeros(3, 2)))
@@ -172,8 +172,8 @@ def test_summary_by_hand() -> None:
     assert summary.spread == pytest.approx(0.25)
     assert summary.floor == pytest.approx((0.375 + 0.5) / 2)
     assert (summary.low, summary.high) == bootstrap_interval(torch.tensor([[1, 3], [1, 1]]))
-    assert (summary.images, summary.no_face_share) == (10, 4)
-    assert (summary.prompts, summary.prompts_without_face) == (2, 1)
+    assert (summary.images, summary.no_face_images) == (10, 4)
+    assert (summary.prompts, summary.prompts_no_face) == (2, 1)
     assert summary.per_prompt == pytest.approx((0.5, 0.0, math.nan, math.nan), nan_ok=True)
 
 
@@ -184,7 +184,7 @@ def test_summary_survives_json() -> None:
     assert values["bias"] == 0.5
     assert values["classes"] == ["a", "b"]
     assert values["per_prompt"] == [0.5, None]
-    assert values["prompts_without_face"] == 1
+    assert values["prompts_no_face"] == 1
 
 
 def test_no_face_anywhere() -> None:
@@ -200,7 +200,7 @@ def test_no_face_anywhere() -> None:
         *summary.frequencies,
     ):
         assert math.isnan(value)
-    assert (summary.images, summary.no_face_share, summary.prompts, summary.prompts_without_face) == (
+    assert (summary.images, summary.no_face_images, summary.prompts, summary.prompts_no_face) == (
         2,
         2,
         0,
@@ -241,7 +241,7 @@ def test_reset_forgets(batches: list) -> None:
     first = observe(metric, batches)
     metric.reset()
     assert not metric.counts.any()
-    assert not metric.no_face_share.any()
+    assert not metric.no_face.any()
     assert observe(metric, batches).as_dict() == first.as_dict()
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 
 from fairness_dft.metrics.bias import summarize_bias
 from fairness_dft.prompts.files import Prompt
-from fairness_dft.reports.html import SHOWN, colours, html_report, shown_judge, write_html
-from fairness_dft.reports.results import Measured, results
+from fairness_dft.reports.build import Measured, build_results
+from fairness_dft.reports.html import SHOWN, colours, html_report, shown_classifier, write_html
+from fairness_dft.reports.results import Results
 
 PROMPTS = ["a chef", "a <script>alert(1)</script> & co", "nobody", "a judge", "a pilot", "a nurse", "a baker", "a poet"]
 BEFORE = [[9, 1], [2, 8], [0, 0], [6, 4], [10, 0], [1, 9], [7, 3], [8, 2]]
@@ -28,7 +29,7 @@ def content(
     wanted: float = 0.25,
     naming: tuple[int, ...] = (),
     independent: tuple[str, ...] = ("woman", "man"),
-) -> dict:
+) -> Results:
     """By a training judge and an independent one, whose classes are in another order; some prompts name gender."""
     names = [(("gender", "man"), ("age", "young")) if index in naming else () for index in range(8)]
     names[0] = names[0] or ((("age", "young"),) if after else ())
@@ -48,7 +49,7 @@ def content(
     kept = {("clip_t", "original"): 0.31, ("clip_t", "ema"): 0.3} if after else {("clip_t", "original"): 0.31}
     agreement = {("training", "independent", "gender", model): 0.9 for model in ("original", "ema")}
     measured = Measured(summaries, kept, agreement)
-    return results(["gender"], {"gender": {"man": wanted, "woman": 1 - wanted}}, prompts, measured, {})
+    return build_results(["gender"], {"gender": {"man": wanted, "woman": 1 - wanted}}, prompts, measured)
 
 
 class Page(HTMLParser):
@@ -112,20 +113,22 @@ def test_page_is_whole_and_needs_nothing_else(after: list[list[int]] | None) -> 
 def test_tables_hold_the_figures() -> None:
     found, rows = content(), Page(page()).cells
     for judge in ("training", "independent"):
-        models = found["bias"][judge]["gender"]
-        before, after = models["original"], models["ema"]
+        models = found.bias[judge]["gender"]
+        before, after = models.original, models.ema
         sides = [
-            "{bias:.2f} ± {spread:.2f}{low:.2f} – {high:.2f}; floor {floor:.2f}".format(**side)
+            "{bias:.2f} ± {spread:.2f}{low:.2f} – {high:.2f}; floor {floor:.2f}".format(**vars(side))
             for side in (before, after)
         ]
-        above = f"{before['above_floor']:.2f} → {after['above_floor']:.2f}"
-        assert after["gap_low"] is None  # of eight prompts
-        gap = f"{before['gap']:.2f} → {after['gap']:.2f}fair < {after['gap_by_chance']:.2f}"
+        above = f"{before.above_floor:.2f} → {after.above_floor:.2f}"
+        assert after.unbiased_rms_gap_low is None  # of eight prompts
+        gap = (
+            f"{before.unbiased_rms_gap:.2f} → {after.unbiased_rms_gap:.2f}fair < {after.unbiased_rms_gap_by_chance:.2f}"
+        )
         assert [
-            "gender", judge, *sides, above, gap, f"{models['p_value']:.3f}",
-            f"{models['drift']:.2f}", "12.5 % → 12.5 %",
+            "gender", judge, *sides, above, gap, f"{models.p_value:.3f}",
+            f"{models.drift:.2f}", "12.5 % → 12.5 %",
         ] in rows  # fmt: skip
-        of = [before["distance"], after["distance"]]
+        of = [vars(before.distance), vars(after.distance)]
         keys = ("total_variation_by_prompt", "total_variation", "kullback_leibler")
         each, whole, divergence = (" → ".join(f"{side[key]:.2f}" for side in of) for key in keys)
         low, high, floor = (of[1][f"total_variation_by_prompt_{key}"] for key in ("low", "high", "floor"))
@@ -135,7 +138,7 @@ def test_tables_hold_the_figures() -> None:
             assert [row for row in rows if row[:3] == [concept, "gender", judge]]
     assert ["clip_t", "0.310", "0.300"] in rows
     assert ["clip_t", "0.310", "0.300"] in rows
-    share = found["classifier_overfit"]["independent"]["gender"]
+    share = found.classifier_overfit["independent"]["gender"]
     assert ["training, independent", "gender", "0.900", "0.900", "–" if share is None else f"{share:.2f}"] in rows
     assert ["clip_t", "0.310"] in Page(page(None)).cells
     (row,) = [row for row in rows if row[:2] == ["age", "training"] and "images" in row[-1]]
@@ -186,10 +189,10 @@ def test_a_judge_with_other_classes_has_no_target_lines() -> None:
 
 def test_the_verdict_shown_is_the_independent_one_where_it_reads_what_is_aligned() -> None:
     found = content()
-    found["bias"]["another"] = found["bias"]["training"]
-    assert shown_judge(found) == "independent"
-    found["bias"]["independent"] = {"age": found["bias"]["independent"]["gender"]}
-    assert shown_judge(found) == "training"
+    found.bias["another"] = found.bias["training"]
+    assert shown_classifier(found) == "independent"
+    found.bias["independent"] = {"age": found.bias["independent"]["gender"]}
+    assert shown_classifier(found) == "training"
 
 
 def test_classes_have_colours_of_their_own() -> None:
@@ -200,7 +203,7 @@ def test_classes_have_colours_of_their_own() -> None:
 def test_one_prompt_is_neither_the_most_nor_the_least_biased() -> None:
     summary = summarize_bias(torch.tensor([[4, 0]]), torch.tensor([0]), ("man", "woman"))
     measured = Measured({("training", "gender", "original"): summary})
-    one = results(["gender"], {}, [Prompt("a chef", "chef", "work")], measured, {})
+    one = build_results(["gender"], {}, [Prompt("a chef", "chef", "work")], measured)
     shown = html_report("mine", one, "", [], blank)
     assert (
         "among the" not in shown

@@ -110,7 +110,7 @@ def test_bias_counts_what_the_judges_say(run):
         bias = np.mean([abs(a - b) / (a + b) for a, b in counts if a + b])
         summary = summaries[name, "gender", "ema"]
         assert summary.bias == pytest.approx(bias)
-        assert summary.images == 8 and summary.no_face_share == 8 - counts.sum()
+        assert summary.images == 8 and summary.no_face_images == 8 - counts.sum()
 
 
 def test_quality_is_the_mean_cosine(run):
@@ -184,14 +184,14 @@ def test_validation_sees_three_models_and_test_two(run):
 
 
 def test_results_are_json(run):
-    from fairness_dft.reports.results import Measured, results
+    from fairness_dft.reports.build import Measured, build_results
 
     *_, monitors, _ = run
     target, measured = {"gender": {"man": 0.5, "woman": 0.5}}, Measured(monitors[1].summaries, monitors[2].values)
     counts = next(iter(monitors[1].summaries.values())).counts
     tested = [Prompt(f"{i}", f"{i}", "occupation") for i in range(len(counts))]
-    content = results(["gender"], target, tested, measured, {"steps": 2})
-    again = json.loads(json.dumps(content, allow_nan=False))
+    content = build_results(["gender"], target, tested, measured)
+    again = json.loads(json.dumps(content.as_dict(), allow_nan=False))
     assert again["bias"]["independent"]["gender"]["ema"]["floor"] > 0
     assert 0 <= again["bias"]["training"]["race"]["drift"] <= 1
 
@@ -334,5 +334,5 @@ def test_each_of_several_faces_counts_where_that_is_asked_for(monkeypatch):
         monitor.count = 1
         monitor.see(module, {"original": torch.zeros(2, 3, 8, 8)}, batch)
         summary = monitor.metrics["independent", "gender", "original"].compute()
-        assert [list(seen) for seen in summary.counts] == [counts] and summary.no_face_share == no_face
+        assert [list(seen) for seen in summary.counts] == [counts] and summary.no_face_images == no_face
         assert bool(monitor.same) is not every

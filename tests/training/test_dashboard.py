@@ -1,9 +1,11 @@
 """TensorBoard's page of a run: every chart finds its curves."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from fixed_counts import fixed_results
 from lightning.pytorch.loggers import TensorBoardLogger
 from miniature import finetuning, judge, prompts, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,16 +55,17 @@ def test_gradient_norm_is_before_clipping(tmp_path):
 
 
 def test_what_runs_are_compared_by():
-    side = {"bias": 0.2, "floor": 0.1}
-    bias = {
-        "training": {"gender": {"ema": side, "measure": "bias"}, "age": {"ema": side, "measure": "bias"}},
-        "independent": {"gender": {"ema": {"bias": None, "floor": 0.1}, "measure": "bias"}},
-    }
-    content = {"attributes": ["gender"], "bias": bias, "kept": {"clip_t": {"ema": 0.6, "original": 0.7}}}
-    assert final_metrics(content) == {
-        "test/bias_gender_training": 0.2, "test/floor_gender_training": 0.1, "test/floor_gender_independent": 0.1,
-        "test/clip_t": 0.6,
+    results = fixed_results()
+    figures = final_metrics(results)
+    for classifier in ("training", "independent"):
+        for name in ("gender", "age", "gender×age"):
+            side = results.bias[classifier][name].ema
+            assert figures.pop(f"test/bias_{name}_{classifier}") == side.bias
+            assert figures.pop(f"test/floor_{name}_{classifier}") == side.floor
+            assert figures.pop(f"test/distance_{name}_{classifier}") == side.distance.total_variation_by_prompt
+    assert figures == {"test/clip_t": 0.3}  # what is not known is left out
+    even = replace(results.bias["training"]["gender"], measure="bias")
+    alone = replace(results, attributes=("gender",), bias={"training": {"gender": even, "age": even}}, kept={})
+    assert final_metrics(alone) == {
+        "test/bias_gender_training": even.ema.bias, "test/floor_gender_training": even.ema.floor,
     }  # fmt: skip
-    far = {"ema": side | {"distance": {"total_variation_by_prompt": 0.3}}, "measure": "distance"}
-    unequal = final_metrics(content | {"bias": {"training": {"gender": far}}})
-    assert unequal["test/distance_gender_training"] == 0.3 and unequal["test/bias_gender_training"] == 0.2

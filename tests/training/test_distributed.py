@@ -123,7 +123,7 @@ def test_a_rank_without_any_face_does_not_hang_the_other(tmp_path, realism):
     blind = ("--model.judge.faces=odd_ranks.BlindRank", f"--model.face_realism={json.dumps(realism)}")
     run = fit(tmp_path, *TWO, *blind, *COMBINED, "--model.sampler.checkpoint=true")
     content = json.loads((run / "results.json").read_text())["bias"]["training"]["gender"]["ema"]
-    assert (content["images"], content["no_face_share"]) == (8, 4)
+    assert (content["images"], content["no_face_images"]) == (8, 4)
     state = load_file(run / "adapters" / "step_000002" / "trained" / "pytorch_lora_weights.safetensors")
     grown = [tensor.abs().max() for key, tensor in state.items() if "up.weight" in key or "lora_B" in key]
     assert len(grown) > 40 and min(grown) > 1e-3
