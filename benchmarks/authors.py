@@ -25,11 +25,11 @@ from fairness_dft.classifiers.judge import Verdict
 from fairness_dft.networks.frozen_layers import FrozenConv2d, GroupNormSiLU
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.sampling.gradients import authors_weights, scale_gradient
-from fairness_dft.training.module import FairFinetuning
+from fairness_dft.training.fairness_loss import FairnessLoss
 from fairness_dft.training.originals import Original
 
 
-def sample(module: FairFinetuning, prompt: str, noise: Tensor, steps: int) -> Tensor:
+def sample(module: FairnessLoss, prompt: str, noise: Tensor, steps: int) -> Tensor:
     """Images of the active adapter, with a graph where gradients are enabled, in one piece."""
     generator, scale = module.generator, module.sampler.guidance_scale
     prompts = [prompt] * len(noise)
@@ -70,7 +70,7 @@ def layers_that_keep(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def blocks_again(module: FairFinetuning) -> Iterator[None]:
+def blocks_again(module: FairnessLoss) -> Iterator[None]:
     """Within, U-Net and VAE compute their blocks again in the backward pass."""
     networks = module.generator.unet, module.generator.vae
     for network in networks:
@@ -94,10 +94,11 @@ def rows_of(verdict: Verdict, rows: slice) -> Verdict:
 
 
 def authors_step(
-    module: FairFinetuning,
+    module: FairnessLoss,
     batch: PromptBatch,
     micro_batch: int,
     sampling_batch: int,
+    randomness: Callable[[], torch.Generator],
     backward: Callable[[Tensor], None],
 ) -> None:
     """Leave the gradient of one training step in the parameters.
@@ -107,14 +108,15 @@ def authors_step(
         batch: prompt and seeds.
         micro_batch: images of the pass with a graph, at a time.
         sampling_batch: images of the passes without, at a time.
+        randomness: returns the random generator of this step, from its start.
         backward: called with the loss of each micro-batch.
     """
-    noise, steps = module.generator.noise(batch.seeds), module.sampler.draw_steps(module.randomness())
+    noise, steps = module.generator.noise(batch.seeds), module.sampler.draw_steps(randomness())
     prompt, parts, larger = batch.prompt.text, slices(len(noise), micro_batch), slices(len(noise), sampling_batch)
 
     with torch.no_grad():
         images = torch.cat([sample(module, prompt, noise[part], steps) for part in larger])
-        alignments = module.assign(module.judge(images), module.targets.in_training(batch.prompt), module.randomness())
+        alignments = module.assign(module.judge(images), module.targets.in_training(batch.prompt), randomness())
         with module.adapter.using("original"):
             images = torch.cat([sample(module, prompt, noise[part], steps) for part in larger])
         verdict = module.judge(images)

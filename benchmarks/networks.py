@@ -150,7 +150,7 @@ class RandomClassifier(ImageClassifier):
 
 
 def parts(scale: Scale, weights_dtype: str = "float32", compiled: bool = False) -> dict:
-    """The arguments of `FairFinetuning` that say what is trained, by what, towards what.
+    """The arguments of `FairnessLoss` that say what is trained, by what, towards what.
 
     Args:
         scale: what to build.
@@ -158,7 +158,7 @@ def parts(scale: Scale, weights_dtype: str = "float32", compiled: bool = False) 
         compiled: whether its transformer blocks are.
     """
     options = dict(resolution=scale.resolution, weights_dtype=weights_dtype, compile=compiled)
-    common = dict(adapter=TextEncoderLoRA(rank=50), attribute=Attribute("gender", confidence=0.55), weight_decay=0.0)
+    common = dict(adapter=TextEncoderLoRA(rank=50), attribute=Attribute("gender", confidence=0.55))
     if scale.networks == "miniature":
         return common | dict(
             generator=StableDiffusion(f"{PORTRAITS}/pipeline", **options),

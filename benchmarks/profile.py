@@ -67,7 +67,7 @@ def ranges(module: Comparison) -> Iterator[set[str]]:
         (module.generator, "guided"): SAMPLING,
         (module.generator, "decode"): "VAE",
         (module, "embed"): "features",
-        (module.judge, "begin"): "faces",
+        (module.judge, "submit"): "faces",
         (module, "assign"): "targets",
     }
     for (owner, method), name in forwards.items():
@@ -101,14 +101,14 @@ def ranges(module: Comparison) -> Iterator[set[str]]:
 
 def cut(module: Comparison, backwards: "Backwards") -> None:
     """Begin the VAE's way back where the gradient has reached the images, and name what waits for the faces."""
-    begin = module.judge.begin
+    submit = module.judge.submit
 
-    def begin_to_look(images: Tensor) -> Callable[[], Any]:
+    def submit_and_wait(images: Tensor) -> Callable[[], Any]:
         if images.requires_grad:
             images.register_hook(lambda gradient: backwards.enter(VAE_BACK))
-        return backwards.outside("classifier", begin(images))
+        return backwards.outside("classifier", submit(images))
 
-    module.judge.begin = begin_to_look
+    module.judge.submit = submit_and_wait
 
 
 class Backwards:

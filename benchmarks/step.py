@@ -43,7 +43,7 @@ from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.files import Prompt
 from fairness_dft.sampling.gradients import GradientPath
 from fairness_dft.sampling.sampler import Sampler
-from fairness_dft.training.module import FairFinetuning
+from fairness_dft.training.fairness_loss import FairnessLoss
 
 PRECISIONS = "32-true", "bf16-mixed", "16-mixed"
 WEIGHTS = "float32", "bfloat16", "float16"
@@ -109,7 +109,7 @@ def of_micro_batches(scale: Scale) -> dict[str, int | float]:
     return sampling | dict(decode_chunk=-(-scale.micro_batch // 2), decode_kept=scale.micro_batch)
 
 
-class Comparison(FairFinetuning):
+class Comparison(FairnessLoss):
     """Takes the ways in turns, round after round, and changes no weight."""
 
     def __init__(self, scale: Scale, compared: dict[str, Way], count: bool, **arguments) -> None:
@@ -128,8 +128,8 @@ class Comparison(FairFinetuning):
         """The parameters that have a gradient."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    @override
     def randomness(self) -> torch.Generator:
+        """Return the random generator of this round, the same for every way."""
         return torch.Generator().manual_seed(self.trainer.fit_loop.total_batch_idx // len(self.compared))
 
     @override
@@ -158,9 +158,10 @@ class Comparison(FairFinetuning):
 
         def step() -> None:
             if way.sampler is None:
-                authors_step(self, batch, self.scale.micro_batch, self.scale.sampling_batch, self.manual_backward)
+                sizes = self.scale.micro_batch, self.scale.sampling_batch
+                authors_step(self, batch, *sizes, self.randomness, self.manual_backward)
             else:
-                self.manual_backward(FairFinetuning.training_step(self, batch, batch_idx))
+                self.manual_backward(self.loss(batch, self.randomness()))
 
         if first:
             with FlopCounterMode(display=False) if self.count else nullcontext() as counter:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -42,16 +42,16 @@ from fairness_dft.sampling.diagnosis import (
     passes,
     step_gradients,
 )
-from fairness_dft.training.module import FairFinetuning
+from fairness_dft.training.fairness_loss import FairnessLoss
 
 PROMPT_HELP = "A training prompt or its subject, or any other text; the first training prompt by default."
 
 
-class Diagnosis(FairFinetuning):
-    """A finetuning that computes gradients of training batches and takes no step.
+class Diagnosis(FairnessLoss):
+    """An evaluation that computes the gradients of training batches.
 
     Attributes:
-        gradients: of the batches seen, each with shape (P,), on the CPU.
+        gradients: The gradient of each batch so far, with shape (P,), on the CPU.
     """
 
     gradients: list[Tensor] = []
@@ -62,16 +62,11 @@ class Diagnosis(FairFinetuning):
 
     @override
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self.batch = batch_idx
         parameters = self.adapter.parameters()
         with torch.enable_grad():
-            loss = self.training_step(batch, batch_idx)
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        self.gradients.append(flatten(found, parameters).cpu())
-
-    @override
-    def randomness(self) -> Generator:
-        return hashed_generator(self.seed, Stream.STEP, self.batch)
+            loss = self.loss(batch, hashed_generator(self.seed, Stream.STEP, batch_idx))
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        self.gradients.append(flatten(gradients, parameters).cpu())
 
 
 class DiagnoseCLI(FairnessCLI):
@@ -174,7 +169,7 @@ def compare_paths(
     return found
 
 
-def steps_table(module: FairFinetuning, prompt: str, noises: int) -> list[list[float]]:
+def steps_table(module: Diagnosis, prompt: str, noises: int) -> list[list[float]]:
     """For every noise and sampling step: noise, timestep, k_t and the three norms of `StepGradient.norms`."""
     rows, sampler = [], module.sampler
     for number in range(noises):

@@ -118,7 +118,6 @@ def main(args: ArgsType = None) -> None:
     """
     cli = EvaluateCLI(args)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    module.face_realism = None  # a loss of finetuning
     module.adapter = DiffusersAdapter(cli.config.adapter) if cli.config.adapter else NoAdapter()
     data.tested = cli.config.split
     loader, prompts, images = judged_images(cli) if cli.config.images else drawn_images(cli)

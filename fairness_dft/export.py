@@ -17,12 +17,13 @@ from fairness_dft.adapters.base import Adapter
 from fairness_dft.adapters.lora import LoRA
 from fairness_dft.adapters.prompt_prefix import PromptPrefix
 from fairness_dft.cli.commands import new_folder, parsed, run_main
-from fairness_dft.cli.finished_run import Average, FinishedRun, load_adapter
+from fairness_dft.cli.finished_run import build, load_adapter
 from fairness_dft.faces.detectors import InsightFace
 from fairness_dft.faces.finders import DetectedFaces
 from fairness_dft.files import on_hub, one_line, quiet, resolve
 from fairness_dft.reports.adapter_card import CardFacts, adapter_card
 from fairness_dft.reports.results import Results
+from fairness_dft.training.finished_run import Average, FinishedRun
 from fairness_dft.training.module import FairFinetuning
 
 KOHYA_FILE = "kohya.safetensors"
@@ -69,7 +70,7 @@ def main(args: list[str] | None = None) -> None:
     output = Path(settings.output)
     new_folder(output)
     with tempfile.TemporaryDirectory(dir=output.parent) as draft:  # a failure leaves no half of a folder
-        fill(Path(draft), run.build(draft).model, folder, results, settings)
+        fill(Path(draft), build(run, draft).model, folder, results, settings)
         for file in Path(draft).iterdir():
             shutil.move(file, output)
     print(f"Exported: {output}")

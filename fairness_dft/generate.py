@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from fairness_dft.cli.commands import new_folder, parsed, run_main
-from fairness_dft.cli.finished_run import Average, FinishedRun, load_adapter
+from fairness_dft.cli.finished_run import build, load_adapter
 from fairness_dft.prompts.files import lines
 from fairness_dft.reports.grid import TILE, GridRow, GridSide, comparison_grid
+from fairness_dft.training.finished_run import Average, FinishedRun
 from fairness_dft.training.module import FairFinetuning
 
 BATCH = 8  # images sampled at a time
@@ -75,7 +76,7 @@ def main(args: list[str] | None = None) -> None:
     run = FinishedRun(settings.run)
     folder = run.adapter(settings.step, settings.adapter)
     new_folder(Path(settings.output))
-    cli = run.build(settings.output)
+    cli = build(run, settings.output)
     module = load_adapter(cli.model, folder, settings.adapter, settings.scale)
     judged = load_judge(module)
     module.to(cli.trainer.strategy.root_device).eval()

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from fairness_dft.audits.images import directory
 from fairness_dft.audits.warnings import warn_of_what_is_not_read
 from fairness_dft.cli.commands import run_main
-from fairness_dft.cli.finished_run import FinishedRun
 from fairness_dft.evaluate import main
 from fairness_dft.fit import main as fit
+from fairness_dft.training.finished_run import FinishedRun
 
 ROOT = PORTRAITS.parents[1]
 QUICKSTART = f"--config={ROOT / 'experiments' / 'quickstart.yaml'}"

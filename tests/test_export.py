@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from fairness_dft.cli.commands import run_main
-from fairness_dft.cli.finished_run import FinishedRun
 from fairness_dft.export import KOHYA_FILE, main
 from fairness_dft.fit import main as fit
 from fairness_dft.reports.adapter_card import distance_rows, limits
+from fairness_dft.training.finished_run import FinishedRun
 
 ROOT = PORTRAITS.parents[1]
 KINDS = {

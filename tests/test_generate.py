@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fairness_dft.cli.commands import run_main
-from fairness_dft.cli.finished_run import FinishedRun
 from fairness_dft.fit import main as fit
 from fairness_dft.generate import main, slug
+from fairness_dft.training.finished_run import FinishedRun
 
 PROMPTS = ["a portrait of a chef", "A photo of the face of a judge, a person"]
 ROOT = PORTRAITS.parents[1]

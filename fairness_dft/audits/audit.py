@@ -10,7 +10,6 @@ from typing_extensions import override
 
 from fairness_dft.adapters.base import Name
 from fairness_dft.adapters.external import NoAdapter
-from fairness_dft.alignment.targets import PromptTargets
 from fairness_dft.audits.images import ImageFolder, ImageStore
 from fairness_dft.classifiers.judge import Judge
 from fairness_dft.diffusion.any_pipeline import AnyPipeline
@@ -18,31 +17,30 @@ from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.files import Prompt
 from fairness_dft.reports.grid import GridRow, GridSide, comparison_grid
 from fairness_dft.reports.html import Grid
-from fairness_dft.training.module import FairFinetuning
+from fairness_dft.training.evaluation import Evaluation
 
 AT_ONCE = 64  # images that are drawn, or read, at a time
 PICTURED = 12  # images of a prompt in the report
 
 
-class Audit(FairFinetuning):
-    """A model that is looked at, or images that others made.
+class Audit(Evaluation):
+    """An evaluation that keeps its images on disk, or looks at images that others made.
 
     Attributes:
-        source: where images come from.
+        source: Where images come from. Without a text-to-image model where they come from an `ImageFolder`.
     """
 
     source: ImageStore | ImageFolder
 
     @override
-    def configure_model(self) -> None:
+    def check(self) -> None:
         if isinstance(self.source, ImageStore):
-            return super().configure_model()
-        if not self.loaded:
-            self.judge.load()
-            self.targets = PromptTargets(self.attribute, self.judge.classes)
-            for network in self.features:
-                network.load()
-            self.loaded = True
+            super().check()
+
+    @override
+    def load_generator(self) -> None:
+        if isinstance(self.source, ImageStore):
+            super().load_generator()
 
     @override
     @torch.no_grad()

@@ -20,6 +20,7 @@ from fairness_dft.prompts.datamodule import PromptModule
 from fairness_dft.training.bias_monitor import BiasMonitor
 from fairness_dft.training.callbacks import AdapterAverage, AdapterCheckpoint, StepBar, Throughput
 from fairness_dft.training.dashboard import Dashboard
+from fairness_dft.training.evaluation import Evaluation, settings_for
 from fairness_dft.training.image_grid import ImageGrid
 from fairness_dft.training.interruption import GracefulStop, SkipNonFiniteSteps
 from fairness_dft.training.module import FairFinetuning
@@ -112,7 +113,7 @@ class FairnessCLI(OneLineCLI):
     Args:
         args: of the command line; those of the process by default.
         command: the name of the module that is run.
-        module: what is built; with the settings of a finetuning.
+        module: What is built; of the settings of a finetuning it takes those that it has, and ignores the others.
         example: arguments with which the command runs.
 
     Raises:
@@ -123,13 +124,20 @@ class FairnessCLI(OneLineCLI):
         self,
         args: ArgsType = None,
         command: str = "fit",
-        module: type[FairFinetuning] = FairFinetuning,
+        module: type[Evaluation] = FairFinetuning,
         example: str = "--config experiments/quickstart.yaml",
     ) -> None:
-        super().__init__(command, module, PromptModule, args, example, {"callbacks": [GracefulStop(), Dashboard()]})
+        self.module = module
+        callbacks = {"callbacks": [GracefulStop(), Dashboard()]}
+        super().__init__(command, FairFinetuning, PromptModule, args, example, callbacks)
+
+    def build_module(self, kind: type[FairFinetuning], *args: Any, **settings: Any) -> Evaluation:
+        """Build the command's module from the settings of a finetuning."""
+        return self.module(*args, **settings_for(self.module, settings))
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_instantiator(self.build_module, FairFinetuning)
         for name, callback in MONITORS.items():
             parser.add_lightning_class_args(callback, name)
         for seed in ("model.seed", "data.init_args.seed"):

@@ -8,7 +8,8 @@ import torch
 
 from fairness_dft.files import one_line
 from fairness_dft.prompts.datamodule import PromptModule
-from fairness_dft.training.module import FairFinetuning
+from fairness_dft.training.evaluation import Evaluation
+from fairness_dft.training.fairness_loss import FairnessLoss
 
 
 class MemoryNeeded(ValueError):
@@ -34,7 +35,7 @@ def in_one_line(advice: str = "let the command work on fewer images at a time, o
 
 
 @contextmanager
-def telling_what_saves_memory(module: FairFinetuning, data: PromptModule) -> Iterator[None]:
+def telling_what_saves_memory(module: Evaluation, data: PromptModule) -> Iterator[None]:
     """Within, an out-of-memory error becomes one line with three settings to lower, and what each would save.
 
     Args:
@@ -50,8 +51,8 @@ def telling_what_saves_memory(module: FairFinetuning, data: PromptModule) -> Ite
         if not is_out_of_memory(error):
             raise
         files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        evaluating = any(file.endswith("evaluation_loop.py") for file in files)
-        advice = of_evaluation(module, data) if evaluating else of_training(module, data)
+        training = isinstance(module, FairnessLoss) and not any(file.endswith("evaluation_loop.py") for file in files)
+        advice = of_training(module, data) if training else of_evaluation(module, data)
         raise MemoryNeeded(needed(error, advice)) from error
 
 
@@ -65,7 +66,7 @@ def needed(error: RuntimeError, advice: str) -> str:
     return f"the memory does not suffice ({one_line(error).partition('. ')[0]}); {advice}"
 
 
-def of_training(module: FairFinetuning, data: PromptModule) -> str:
+def of_training(module: FairnessLoss, data: PromptModule) -> str:
     """What saves memory in a training step."""
     sampler, images = module.sampler, data.images_per_prompt
     share = max(1, images // module.trainer.world_size)
@@ -90,7 +91,7 @@ def of_training(module: FairFinetuning, data: PromptModule) -> str:
     )
 
 
-def of_evaluation(module: FairFinetuning, data: PromptModule) -> str:
+def of_evaluation(module: Evaluation, data: PromptModule) -> str:
     """What saves memory in a validation or test."""
     sampler = module.evaluation_sampler
     testing = module.trainer.state.fn == "test"

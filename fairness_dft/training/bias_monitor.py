@@ -19,8 +19,8 @@ from fairness_dft.metrics.bias import BiasSummary, Watched
 from fairness_dft.metrics.fairness_metric import FairnessMetric, PairMetric
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.files import Prompt
+from fairness_dft.training.evaluation import Evaluation
 from fairness_dft.training.evaluation_callback import EvaluationCallback
-from fairness_dft.training.module import FairFinetuning
 
 TRAINING, INDEPENDENT = "training", "independent"
 
@@ -72,7 +72,7 @@ class BiasMonitor(EvaluationCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.load()
 
-    def judges(self, module: FairFinetuning) -> Iterator[tuple[str, Judge]]:
+    def judges(self, module: Evaluation) -> Iterator[tuple[str, Judge]]:
         """The judges by name, the training judge first."""
         yield TRAINING, module.judge
         for name, judge in self.others.items():
@@ -84,14 +84,14 @@ class BiasMonitor(EvaluationCallback):
         return [name for name in watched if judge.reads(name)]
 
     @override
-    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+    def start(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
         self.metrics, self.same, self.paired = {}, {}, {}
         loader = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
         self.count = getattr(loader, "prompt_count", len(loader))  # a folder's prompts may come in several batches
 
     @override
     @torch.no_grad()
-    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+    def see(self, module: Evaluation, images: dict[str, Tensor], batch: PromptBatch) -> None:
         read: dict[str, dict[str, Verdict]] = {}
         for model, pictures in images.items():
             verdicts = {
@@ -113,9 +113,7 @@ class BiasMonitor(EvaluationCallback):
         if not self.every_face and {"original", "ema"} <= read.keys():
             self.pair(module, batch.index, read["original"], read["ema"])
 
-    def pair(
-        self, module: FairFinetuning, index: int, before: Mapping[str, Verdict], after: Mapping[str, Verdict]
-    ) -> None:
+    def pair(self, module: Evaluation, index: int, before: Mapping[str, Verdict], after: Mapping[str, Verdict]) -> None:
         """Count how each judge reads the images of one prompt before and after."""
         for name, judge in self.judges(module):
             for attribute in self.read_by(judge, module.attribute):
@@ -147,7 +145,7 @@ class BiasMonitor(EvaluationCallback):
         return self.metrics[key]
 
     @override
-    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+    def finish(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
         self.summaries = {key: metric.compute() for key, metric in self.metrics.items()}
         if stage == "test":
             self.agreement = {key: float(metric.compute()) for key, metric in self.same.items()}

@@ -7,19 +7,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from fairness_dft.prompts.batches import PromptBatch
-from fairness_dft.training.module import FairFinetuning
+from fairness_dft.training.evaluation import Evaluation
 
 
 class EvaluationCallback(Callback):
     """A callback that does the same in validation and in test."""
 
-    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+    def start(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
         """Before the first batch; stage is "validation" or "test"."""
 
-    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+    def see(self, module: Evaluation, images: dict[str, Tensor], batch: PromptBatch) -> None:
         """Images of each model, with shape (N, 3, H, W), in [0, 1], from the batch's prompt and noise."""
 
-    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+    def finish(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
         """After the last batch."""
 
     @override

@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.reports.grid import GridRow, GridSide, comparison_grid
+from fairness_dft.training.evaluation import Evaluation
 from fairness_dft.training.evaluation_callback import EvaluationCallback
-from fairness_dft.training.module import FairFinetuning
 
 
 class ImageGrid(EvaluationCallback):
@@ -30,12 +30,12 @@ class ImageGrid(EvaluationCallback):
         self.file: Path | None = None
 
     @override
-    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+    def start(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
         self.rows = []
 
     @override
     @torch.no_grad()
-    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+    def see(self, module: Evaluation, images: dict[str, Tensor], batch: PromptBatch) -> None:
         if len(self.rows) >= self.prompts or not module.trainer.is_global_zero:
             return
         row = GridRow(batch.prompt.text)
@@ -47,7 +47,7 @@ class ImageGrid(EvaluationCallback):
         self.rows.append(row)
 
     @override
-    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+    def finish(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
         log_dir = trainer.log_dir  # a broadcast: every rank must ask
         if not trainer.is_global_zero or not self.rows:
             return

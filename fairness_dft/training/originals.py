@@ -10,14 +10,12 @@ there at all, whatever processes share the folder and whenever one of them dies.
 import hashlib
 import inspect
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 
 from fairness_dft.classifiers.judge import Verdict
 from fairness_dft.faces.detectors import FaceDetector
+from fairness_dft.files import replacing
 from fairness_dft.prompts.batches import PromptBatch
 
 FORMAT = 1  # of a file; another one where what is remembered is computed in another way
@@ -95,16 +94,27 @@ class OriginalStore:
             return None
 
     def check(self) -> None:
-        """Make the folder, and remove drafts of yesterday and before, whose writers died.
+        """Refuse a folder that cannot be written, or made where it is missing; nothing is left in it.
 
         Raises:
-            ValueError: if it cannot be written.
+            ValueError: If it cannot.
+        """
+        nearest = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        try:
+            with TemporaryFile(dir=nearest):
+                pass
+        except OSError as error:
+            raise self.refusal(error) from None
+
+    def prepare(self) -> None:
+        """Make the folder, and remove temporary files that are older than a day, whose writers died.
+
+        Raises:
+            ValueError: If it cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=self.folder):
-                pass
-            for draft in self.folder.glob("*/*.part"):
+            for draft in self.folder.glob("*/.*.safetensors"):
                 if time.time() - draft.stat().st_mtime > 24 * 3600:
                     draft.unlink(missing_ok=True)
         except OSError as error:
@@ -127,12 +137,8 @@ class OriginalStore:
         tensors = {name: values.detach().cpu() for name, values in original.tensors().items()}
         try:
             for row, file in enumerate(self.files(prompt, seeds, steps)):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                draft = file.with_name(f"{file.stem}.{uuid4().hex}.part")
-                save_file({name: values[row].clone() for name, values in tensors.items()}, draft)
-                with draft.open("rb") as written:
-                    os.fsync(written)  # or a name could outlive what it names, where the power fails
-                os.replace(draft, file)
+                with replacing(file) as draft:
+                    save_file({name: values[row].clone() for name, values in tensors.items()}, draft)
         except (OSError, SafetensorError) as error:
             raise self.refusal(error) from None
 

@@ -16,8 +16,8 @@ from fairness_dft.prompts.files import Prompt
 from fairness_dft.reports.build import Measured, build_results
 from fairness_dft.reports.results import Results, RunFacts
 from fairness_dft.training.bias_monitor import BiasMonitor
+from fairness_dft.training.evaluation import Evaluation
 from fairness_dft.training.evaluation_callback import EvaluationCallback
-from fairness_dft.training.module import FairFinetuning
 
 
 class QualityMonitor(EvaluationCallback):
@@ -63,13 +63,13 @@ class QualityMonitor(EvaluationCallback):
         self.load()
 
     @override
-    def start(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+    def start(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
         self.metrics, self.sets = {}, {}
         self.tested = stage != "validation"
 
     @override
     @torch.no_grad()
-    def see(self, module: FairFinetuning, images: dict[str, Tensor], batch: PromptBatch) -> None:
+    def see(self, module: Evaluation, images: dict[str, Tensor], batch: PromptBatch) -> None:
         for name, network in by_name(module.features).items():
             embeddings = {model: network(pictures) for model, pictures in images.items()}
             for model, embedding in embeddings.items():
@@ -96,19 +96,19 @@ class QualityMonitor(EvaluationCallback):
                 self.update(module, (f"{self.subject}_kept", model), same.float())
 
     def moved(
-        self, module: FairFinetuning, key: tuple[str, str], before: Tensor, after: Tensor, scale: float | None = None
+        self, module: Evaluation, key: tuple[str, str], before: Tensor, after: Tensor, scale: float | None = None
     ) -> None:
         """Add embeddings to the distances of a (network, model), made on first use."""
         distances = self.sets.setdefault(key, Fidelity(before.shape[1], scale)).to(module.device)
         distances.update(before, after)
 
-    def update(self, module: FairFinetuning, key: tuple[str, str], values: Tensor) -> None:
+    def update(self, module: Evaluation, key: tuple[str, str], values: Tensor) -> None:
         """Add values to the mean of a (measure, model), made on first use."""
         metric = self.metrics.setdefault(key, MeanMetric(nan_strategy="ignore")).to(module.device)
         metric.update(values)
 
     @override
-    def finish(self, trainer: Trainer, module: FairFinetuning, stage: str) -> None:
+    def finish(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
         self.values = {key: float(metric.compute()) for key, metric in self.metrics.items()}
         for (network, model), moved in self.sets.items():
             for distance, value in (moved.compute() or {}).items():
@@ -128,12 +128,12 @@ def by_name(networks: Iterable[nn.Module]) -> dict[str, nn.Module]:
     return named
 
 
-def model_name(module: FairFinetuning) -> str:
+def model_name(module: Evaluation) -> str:
     """Return the folder or hub id of the base model."""
     return str(getattr(module.generator, "path", type(module.generator).__name__))
 
 
-def results_of_test(module: FairFinetuning, prompts: Sequence[Prompt], run: RunFacts) -> Results:
+def results_of_test(module: Evaluation, prompts: Sequence[Prompt], run: RunFacts) -> Results:
     """Return the results of the test that just ran.
 
     Args:

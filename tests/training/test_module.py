@@ -27,7 +27,8 @@ from fairness_dft.faces.realism import NETWORK, FaceEmbedding, FaceRealism
 from fairness_dft.features import Clip
 from fairness_dft.metrics.bias import class_bias
 from fairness_dft.sampling.sampler import Sampler
-from fairness_dft.training.module import FairFinetuning, Original
+from fairness_dft.training.module import FairFinetuning
+from fairness_dft.training.originals import Original
 
 
 class OneProcess:
@@ -137,7 +138,7 @@ def test_faces_are_detected_while_images_are_embedded(module, monkeypatch):
     module.features[-1].register_forward_hook(lambda *_: waiting.embedded.set())
     looks = []
     monkeypatch.setattr(
-        module.judge.faces, "begin", lambda images: (waiting.embedded.clear(), looks.append(len(images)),
+        module.judge.faces, "submit", lambda images: (waiting.embedded.clear(), looks.append(len(images)),
                                                      type(module.judge.faces).submit(module.judge.faces, images))[-1],
     )  # fmt: skip
     torch.testing.assert_close(module.training_step(batch, 0), wanted)
@@ -287,10 +288,10 @@ def test_a_batch_without_any_face_trains_on_semantics_alone(module, monkeypatch)
     record(monkeypatch, module, logged)
     monkeypatch.setattr(module, "randomness", lambda: torch.Generator().manual_seed(0))
     judge = type(module.judge)
-    begin = judge.begin
+    submit = judge.submit
 
     def no_face(self, images):
-        verdict = begin(self, images)()
+        verdict = submit(self, images)()
         return lambda: Verdict(verdict.logits, torch.zeros_like(verdict.has_face), verdict.boxes)
 
     monkeypatch.setattr(judge, "submit", no_face)

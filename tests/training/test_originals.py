@@ -85,7 +85,7 @@ def test_processes_that_write_the_same_do_not_disturb_each_other(tmp_path: Path)
     while any(writer.is_alive() for writer in writers):
         assert_same(store.read("a chef", SEEDS, STEPS, CPU), original())  # never half a file
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize("blocked", ["file", "file/below"])
@@ -165,17 +165,26 @@ def test_content_is_that_of_what_users_derived() -> None:
     assert content_of(finder()) == contents[0] and len(set(contents)) == 5
 
 
-def test_drafts_of_the_dead_are_removed(tmp_path: Path) -> None:
+def test_prepare_removes_temporary_files_of_dead_writers(tmp_path: Path) -> None:
     store = OriginalStore(tmp_path, "model")
     store.write("a chef", SEEDS, STEPS, original())
-    old, new = (tmp_path / "ab" / f"{name}.part" for name in ("old", "new"))
+    old, new = (tmp_path / "ab" / f".{name}.safetensors" for name in ("old", "new"))
     old.parent.mkdir(exist_ok=True)
     for draft in (old, new):
         draft.touch()
     os.utime(old, (0, 0))
     store.check()
+    assert old.exists() and new.exists()  # a check only looks
+    store.prepare()
     assert not old.exists() and new.exists()
     assert_same(store.read("a chef", SEEDS, STEPS, CPU), original())
+
+
+def test_check_leaves_no_folder_behind(tmp_path: Path) -> None:
+    OriginalStore(tmp_path / "new" / "folder", "model").check()
+    assert not list(tmp_path.iterdir())
+    OriginalStore(tmp_path / "new" / "folder", "model").prepare()
+    assert (tmp_path / "new" / "folder").is_dir()
 
 
 @pytest.mark.slow

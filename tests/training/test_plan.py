@@ -13,7 +13,7 @@ from fairness_dft import evaluate
 from fairness_dft.fit import main
 from fairness_dft.prompts.datamodule import MixedPrompts
 from fairness_dft.sampling.sampler import Sampler
-from fairness_dft.training.module import FairFinetuning
+from fairness_dft.training.fairness_loss import FairnessLoss
 from fairness_dft.training.plan import MEASURED, Plan, Stopwatch, duration, plan, show, size
 
 
@@ -102,8 +102,8 @@ def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, capsys) -> None:
 def test_what_is_remembered_already_is_neither_read_nor_written(tmp_path, capsys, monkeypatch) -> None:
     """One prompt with one set of noise: after the first step, a run would remember it."""
     store, looked = tmp_path / "originals", []
-    look = FairFinetuning.look_at_original
-    monkeypatch.setattr(FairFinetuning, "look_at_original", lambda *given: looked.append(1) or look(*given))
+    look = FairnessLoss.look_at_original
+    monkeypatch.setattr(FairnessLoss, "look_at_original", lambda *given: looked.append(1) or look(*given))
     (tmp_path / "one.txt").write_text("a photo of the face of a barber")
     more = (f"--data.init_args.file={tmp_path / 'one.txt'}", "--data.init_args.train_subjects=null")
     more += ("--plan", "--data.init_args.noise_pool=1", f"--model.originals_folder={store}")
