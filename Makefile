@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint portraits benchmark clean
+.PHONY: help quickstart test lint docs portraits benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,11 @@ lint: $(STAMP) ## check style and formatting, change nothing
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
 
+docs: $(STAMP) ## build the documentation into site/, offline, and run its examples (a minute)
+	$(BIN)/python -m pytest -q --doctest-modules fairness_dft tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "Documentation: site/index.html"
+
 portraits: $(STAMP) ## train the miniature Stable Diffusion in data/portraits again (hours)
 	$(BIN)/python -m fairness_dft.portraits $(ARGS)
 
@@ -33,7 +38,7 @@ benchmark: $(STAMP) ## measure a training step and its targets beside the author
 	$(BIN)/python -m benchmarks.step $(ARGS)
 
 clean: ## remove caches, build products and the install stamp; keeps .venv, runs and data
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* $(STAMP)
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* $(STAMP)
 	find fairness_dft tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Made once, and again when a requirement changes. PyTorch comes first, so that it can come from its own index.

@@ -163,7 +163,7 @@ def test_own_prompts_on_the_miniature_are_told_the_way_out(tmp_path, capsys, unl
     line = refused(capsys, arguments)
     assert f"training_subjects.txt: names no training subject of {file}" in line
     way_out = "--data.init_args.train_subjects null"
-    assert way_out in line and way_out in (ROOT / "README.md").read_text()
+    assert way_out in line and way_out in (ROOT / "docs" / "troubleshooting.md").read_text()
     cli = FairnessCLI([*arguments, *way_out.split()])
     assert [prompt.text for prompt in cli.datamodule.prompts("train")] == ["a chef"]
 
