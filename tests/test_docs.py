@@ -17,7 +17,7 @@ PAGES = [
     *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("data/*/README.md")),
 ]
-PATH = re.compile(r"(?<![\w/.])(?:\w+/)*\w+\.(?:py|md|yaml)(?!\w)")
+PATH = re.compile(r"(?<![\w/.-])(?:\w+/)*[\w-]+\.(?:py|md|yaml)(?!\w)")
 MADE_BY_THE_READER = {"tone.yaml", "config.yaml"}
 
 
