@@ -1,11 +1,10 @@
-"""Finetuning text-to-image diffusion models for fairness, one file for each noun of the method.
+"""Finetune text-to-image diffusion models for fairness, and measure how fair they are.
 
-The files in the method's order: `prompts` are turned into images by `diffusion`, whose `adapters` are all
-that trains; `sampler` draws the images and `gradients` says how the loss flows back through it. `faces` finds
-the face, `attributes` names what is to be fair, `classifiers` reads it off the face and `features` embeds
-images. `transport` assigns a target to every image, `losses` pulls the images there, `module`
-trains, `metrics` and `callbacks` watch. `cli` and `fit` make it a command, `stop` ends it early, and `portraits` is
-the miniature Stable Diffusion that ships with the repository, on which all of it runs.
+The rooms in the method's order: `prompts` become images by `diffusion`, whose `adapters` are all that is trained;
+`sampling` draws the images and carries the gradient back. `faces` finds the face, `attributes` names what is to be
+fair, `classifiers` read it from the face, and `features` embed images. `alignment` assigns targets by optimal transport
+and forms the losses, `training` is the algorithm and what watches it, `metrics` and `reports` say how fair the result
+is. The commands are modules beside the rooms, such as `fairness_dft.fit`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -11,8 +11,23 @@ from uuid import uuid4
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # suffixes of files that may be pictures
 
 
+def shipped(path: str | Path) -> Path:
+    """Return the path of a file that ships with the package.
+
+    An installed package carries `data/` and `experiments/` among its modules; a repository has them at its root.
+
+    Args:
+        path: relative to either place.
+
+    Returns:
+        The path where the file is, or where it would be in a repository.
+    """
+    package = Path(__file__).resolve().parent
+    return package / path if (package / path).exists() else package.parent / path
+
+
 def resolve(path: str | Path) -> Path:
-    """Finds a file from the current directory or, if it is not there, from the root of the repository.
+    """Find a file from the current directory or, if it is not there, among those that ship with the package.
 
     Args:
         path: an absolute path, or one relative to either place.
@@ -21,8 +36,7 @@ def resolve(path: str | Path) -> Path:
         The path where the file is, or the path as given if it is in neither place.
     """
     given = Path(path).expanduser()
-    shipped = Path(__file__).resolve().parent.parent / given
-    return shipped if shipped.exists() and not given.exists() else given
+    return shipped(given) if not given.exists() and shipped(given).exists() else given
 
 
 def file_or_hub(path: str) -> Path:

@@ -1,5 +1,10 @@
 """Finetune a model and measure it: `python -m fairness_dft.fit --config experiments/quickstart.yaml`."""
 
+if __name__ == "__main__":  # answers before the imports, which take seconds
+    from fairness_dft.cli.help import answer_help
+
+    answer_help("fit")
+
 import sys
 import time
 from collections.abc import Sequence

@@ -3,6 +3,11 @@
 The original and the finetuned model draw each prompt from the same noise, as the run tests them.
 """
 
+if __name__ == "__main__":  # answers before the imports, which take seconds
+    from fairness_dft.cli.help import answer_help
+
+    answer_help("generate")
+
 import json
 import re
 import sys

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import distributed
 
+from fairness_dft.cli.help import answer_help, program
 from fairness_dft.cli.memory import in_one_line
 from fairness_dft.cli.messages import innermost, way_out
 from fairness_dft.files import one_line
@@ -36,9 +37,8 @@ def parsed(
     Raises:
         ValueError: in one line, for any mistake.
     """
-    parser = ArgumentParser(
-        prog=f"python -m fairness_dft.{command}", description=description, exit_on_error=False, allow_abbrev=False
-    )
+    args = answer_help(command, args)
+    parser = ArgumentParser(prog=program(command), description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(kind)
     try:
         return kind(**vars(parser.parse_args(args)))

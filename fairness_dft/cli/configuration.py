@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from fairness_dft.cli.moved_names import FILES, current_flag, rename
-from fairness_dft.files import resolve
+from fairness_dft.files import resolve, shipped
 
 ROOT = Path("experiments")
 ROOMS = (ROOT, ROOT / "parts", ROOT / "classifiers")
@@ -56,13 +56,13 @@ def located(name: str, folder: Path = Path()) -> Path | None:
         folder: where a relative path starts; the shipped experiments come next.
     """
     stem = name.removesuffix(".yaml").removeprefix("experiments/")
-    shipped = [resolve(room / f"{FILES.get(stem, stem)}.yaml") for room in ROOMS]
-    return next((file for file in (folder / Path(name).expanduser(), resolve(name), *shipped) if file.is_file()), None)
+    own = [shipped(room / f"{FILES.get(stem, stem)}.yaml") for room in ROOMS]
+    return next((file for file in (folder / Path(name).expanduser(), resolve(name), *own) if file.is_file()), None)
 
 
 def shipped_names() -> list[str]:
     """Return the names of the experiments that ship with the package."""
-    return sorted(file.stem for file in resolve(ROOT).glob("*.yaml"))
+    return sorted(file.stem for file in shipped(ROOT).glob("*.yaml"))
 
 
 def _joined(arguments: Sequence[str]) -> Iterator[str]:

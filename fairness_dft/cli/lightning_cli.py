@@ -1,6 +1,5 @@
 """The command line: Lightning's CLI with this project's monitors, one line for every mistake, and one run folder."""
 
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing_extensions import override
 
 from fairness_dft.cli.commands import resumable, writable
 from fairness_dft.cli.configuration import prepared
+from fairness_dft.cli.help import answer_help, program
 from fairness_dft.cli.messages import innermost, way_out
 from fairness_dft.files import one_line
 from fairness_dft.prompts.datamodule import PromptModule
@@ -71,7 +71,7 @@ class OneLineCLI(LightningCLI):
             seed_everything_default=0,
             save_config_kwargs={"config_filename": "config.yaml"},
             parser_kwargs={
-                "prog": f"python -m fairness_dft.{command}",
+                "prog": program(command),
                 "parser_mode": "omegaconf+",
                 "exit_on_error": False,
                 "allow_abbrev": False,
@@ -82,7 +82,7 @@ class OneLineCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if args is None or isinstance(args, list):
-            args = prepared(sys.argv[1:] if args is None else args)
+            args = prepared(answer_help(self.command, args))
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the arguments were prepared

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageClassification, PretrainedConfig, ResN
 
 from fairness_dft.datasets.base import SPLITS
 from fairness_dft.faces.crops import square_crops
+from fairness_dft.files import shipped
 from fairness_dft.portraits.draw import SIZE
 from fairness_dft.portraits.heads import (
     ATTRIBUTES,
@@ -44,7 +45,7 @@ from fairness_dft.train_classifier import main as train
 
 CROP = 32  # side in pixels of the face crops that the training classifier sees
 MARGIN = 0.5  # about the longer side of a face's box, as in fairness_dft.faces.DetectedFaces
-EXPERIMENTS = Path(__file__).parents[2] / "experiments" / "classifiers"
+EXPERIMENTS = shipped("experiments/classifiers")
 SEEDS = {"training": 11, "evaluation": 21}  # of the training draws; those for validation and test have the next two
 SIZES = {"training": CROP, "evaluation": SIZE}
 FACE_HEADS: Heads = {head: ATTRIBUTES[head] for head in OF_A_FACE}

@@ -11,14 +11,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
 
+from fairness_dft.files import shipped
 from fairness_dft.portraits.draw import AGES, GENDERS, SKINS, Appearance, Drawing, Look, draw
 
-DATA = Path(__file__).parents[2] / "data" / "portraits"
+DATA = shipped("data/portraits")
 TEMPLATES = ("a photo of {}", "a portrait of {}", "{}", "the face of {}, a person")
 PROMPTS = {"occupation": "occupations", "sport": "sports", "descriptor": "descriptors"}  # files in data/prompts
 IN_WORDS = {"occupation": "a {}", "sport": "a person {}", "descriptor": "a person who is {}"}

@@ -4,7 +4,7 @@ A step costs more the first time that a prompt meets a set of noises, when the f
 steps of either kind are measured in turns, and every other number follows from counting.
 """
 
-import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -216,7 +216,7 @@ def show(todo: Plan, measured: Stopwatch, trainer: Trainer) -> None:
     if trainer.strategy.root_device.type == "cuda":
         memory, where = torch.cuda.max_memory_allocated(), "on each GPU"
     else:
-        memory, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "of this process"
+        memory, where = peak_memory(), "of this process"
     table = Table("", "how much", "time", title=f"Plan, from {MEASURED} measured steps of either kind")
     table.add_row("one step", f"{todo.images} images", duration(cold))
     table.add_row("  where the frozen model's are remembered", "", duration(warm))
@@ -226,9 +226,20 @@ def show(todo: Plan, measured: Stopwatch, trainer: Trainer) -> None:
     table.add_row("validation", f"{todo.validation} images", duration(todo.validation * looks))
     table.add_row("test", f"{todo.test} images", duration(todo.test * looks))
     table.add_row("all", "", duration(training + (todo.validation + todo.test) * looks))
-    table.add_row(f"memory {where}", size(memory), "")
+    if memory:
+        table.add_row(f"memory {where}", size(memory), "")
     Console().print(table)
     print("Nothing was written. Loading, pictures and the independent classifier's look are not counted.")
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has held, in bytes; 0 where the system does not say, as on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def duration(seconds: float) -> str:
