@@ -7,6 +7,11 @@ are about one prompt, the first training prompt or that of `--prompt`: different
 whose gradients cancel.
 """
 
+if __name__ == "__main__":  # answers before the imports, which take seconds
+    from fairness_dft.cli.help import answer_help
+
+    answer_help("diagnose")
+
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

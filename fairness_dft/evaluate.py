@@ -5,6 +5,11 @@ The settings are those of `fairness_dft.fit`: model, judges, prompts and sampler
 is looked at; with `--images` nothing is drawn. An audit that was stopped goes on where it was.
 """
 
+if __name__ == "__main__":  # answers before the imports, which take seconds
+    from fairness_dft.cli.help import answer_help
+
+    answer_help("evaluate")
+
 import hashlib
 import json
 import shutil

@@ -4,6 +4,11 @@ The folder holds the adapter as plain diffusers loads it, a copy for ComfyUI and
 wanted, the whole pipeline with the adapter merged into its weights.
 """
 
+if __name__ == "__main__":  # answers before the imports, which take seconds
+    from fairness_dft.cli.help import answer_help
+
+    answer_help("export")
+
 import shutil
 import tempfile
 from dataclasses import dataclass

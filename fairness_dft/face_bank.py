@@ -1,5 +1,10 @@
 """Embed the faces of a folder of pictures for face realism: `python -m fairness_dft.face_bank --images FOLDER`."""
 
+if __name__ == "__main__":  # answers before the imports, which take seconds
+    from fairness_dft.cli.help import answer_help
+
+    answer_help("face_bank")
+
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 

@@ -4,6 +4,11 @@ One network, any image classifier of Hugging Face, has a head for each attribute
 best epoch on the validation split is kept, calibrated and tested, and saved in Hugging Face's layout with a model card.
 """
 
+if __name__ == "__main__":  # answers before the imports, which take seconds
+    from fairness_dft.cli.help import answer_help
+
+    answer_help("train_classifier")
+
 import json
 import re
 from pathlib import Path

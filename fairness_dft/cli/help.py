@@ -88,7 +88,7 @@ def command_help(command: str) -> str:
     settings = dict(_flags(tree)) | dict(_fields(tree))
     blocks = [ast.get_docstring(tree) or ""]
     configured = any(isinstance(node, ast.ClassDef) and node.name.endswith("CLI") for node in tree.body)
-    fits = "FairnessCLI(" in source.read_text(encoding="utf-8")
+    fits = "FairnessCLI" in source.read_text(encoding="utf-8")
     if not (configured or fits):
         return "\n\n".join([f"usage: {name} --SETTING VALUE …", *blocks, _section("Settings", settings)]) + "\n"
     if fits:
@@ -98,7 +98,7 @@ def command_help(command: str) -> str:
         common = {key: _argument(*where) for key, where in COMMON.items()}
         blocks.append(_section("Settings that are changed most", common | TRAINER))
     blocks.append(_choices(CHOICES if fits else CLASSIFIER_CHOICES))
-    blocks.append(f"All settings: {name} --help=all; with their values: {name} --config … --print_config")
+    blocks.append("--help=all describes all settings; --config … --print_config prints all settings with their values.")
     return "\n\n".join([f"usage: {name} --config NAME_OR_FILE … --SETTING VALUE …", *blocks]) + "\n"
 
 
@@ -158,12 +158,15 @@ def _choices(choices: dict[str, str]) -> str:
 
 
 def _flags(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yield every literal `add_argument("--name", …, help="…")` in a tree."""
+    """Yield every `add_argument("--name", …, help="…")` in a tree; a help may also be a constant of the module."""
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    constants = {ast.unparse(node.targets[0]): node.value for node in assigned}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument") and node.args:
             words = {word.arg: word.value for word in node.keywords}
             if isinstance(node.args[0], ast.Constant) and "help" in words:
-                yield str(node.args[0].value).removeprefix("--"), str(ast.literal_eval(words["help"]))
+                text = constants.get(ast.unparse(words["help"]), words["help"])
+                yield str(node.args[0].value).removeprefix("--"), str(ast.literal_eval(text))
 
 
 def _fields(tree: ast.Module) -> Iterator[tuple[str, str]]:

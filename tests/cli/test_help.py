@@ -48,7 +48,7 @@ def test_every_class_that_may_be_chosen_is_listed(base: str) -> None:
 
 def test_the_common_settings_exist_and_are_described(tmp_path: Path) -> None:
     parser = FairnessCLI([*MINIATURE, f"--output={tmp_path}"]).parser
-    known = parser.get_defaults().keys()
+    known = set(parser.get_defaults().keys())
     for key in (*COMMON, *TRAINER):
         assert key in known or key.partition(".init_args")[0] in known, key
     for key in CHOICES:
