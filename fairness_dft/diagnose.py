@@ -134,6 +134,7 @@ def main(args: ArgsType = None) -> None:
     batches = [replace(batch, prompt=prompt) for _ in range(cli.config.batches) for batch in loader]
     trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, tuple(MONITORS.values()))]
     module.generator.check()
+    module.judge.load()
     check_names(module.attribute, module.judge, [prompt])
     module.configure_model()
     statistics = compare_paths(trainer, module, batches)

@@ -58,7 +58,10 @@ def main(args: ArgsType = None) -> None:
     module.check_end(trainer.max_steps, trainer.max_epochs)
     for monitor in (find[BiasMonitor], find[QualityMonitor]):
         monitor.load()  # small networks first: what is wrong with them is told before the large ones load
-    find[BiasMonitor].check_names([] if unused["test"] else data.prompts("test"), module.judge)
+    module.judge.load()
+    tested = [] if unused["test"] else data.prompts("test")
+    find[BiasMonitor].watch_named(tested)
+    find[BiasMonitor].check_names(tested, module.judge)
     check_names(module.attribute, module.judge, data.prompts("train"))
     module.configure_model()
     if cli.config.plan:

@@ -115,7 +115,9 @@ def test_settings_of_an_audit_do_not_change(run: Path, audit: Path, capsys: pyte
     changes += [([same, "--data.init_args.test_images_per_prompt=6"], "test_images_per_prompt 4, not 6")]
     for more, odd in changes:
         assert odd in refused(capsys, [*FEW, *place, *more])
-    assert "no audit" in refused(capsys, [*FEW, f"--output={audit.parents[1]}", f"--name={audit.parent.name}"])
+    assert "is not an audit" in refused(
+        capsys, [*FEW, f"--output={audit.parents[1]}", f"--name={audit.parent.name}"]
+    )
 
 
 def test_images_that_others_made_are_judged_alike(audit: Path, tmp_path: Path) -> None:
@@ -154,8 +156,11 @@ def test_other_prompts_without_an_adapter(tmp_path: Path, capsys: pytest.Capture
     assert content["bias"]["training"]["gender"]["ema"] is None
     printed = capsys.readouterr()
     assert "finetuned" not in printed.out and "base model" not in printed.out  # there is one model alone
-    assert "warning: of 2 images a prompt, a perfectly fair model would score 0.50 of at most 1.00" in printed.err
-    assert "for the 2 classes of gender by chance; 48 images bring that to 0.11" in printed.err
+    assert (
+        "warning: with 2 images per prompt, even a fair model scores about 0.50 for the 2 classes of gender"
+        in printed.err
+    )
+    assert "for the 2 classes of gender (maximum 1.00); use 48 or more to reduce this to 0.11" in printed.err
 
 
 def test_a_finished_audit_is_not_overwritten_where_the_prompts_of_its_file_changed(
@@ -213,25 +218,31 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     for i in range(2):
         (tmp_path / "lonely" / "nobody" / f"{i}.png").unlink()
     for more, said in (
-        ([f"--images={tmp_path / 'no_face'}", "--name=faceless_audit"], "no image shows a face, as the detectors"),
-        ([f"--images={tmp_path / 'lonely'}"], "1 image a prompt cannot show a bias: give at least 2"),
+        (
+            [f"--images={tmp_path / 'no_face'}", "--name=faceless_audit"],
+            "no face was detected in any image",
+        ),
+        ([f"--images={tmp_path / 'lonely'}"], "1 image per prompt cannot show a bias: give at least 2"),
         (["--adapter=nowhere"], "'nowhere' is no safetensors file, nor a folder with any"),
         ([f"--adapter={tmp_path / 'text.safetensors'}"], "could not be read"),
         ([f"--adapter={other}", "--name=fit"], "does not fit the model"),
         (["--images=nowhere"], "--images: there is no folder 'nowhere'"),
-        ([f"--images={empty}"], "has no pictures: it must hold a folder for each prompt"),
+        ([f"--images={empty}"], "has no images: it must hold a folder for each prompt"),
         (
             [f"--images={pair}"],
-            "must have pictures of the same names for each prompt, from the same noise, but those of 'a chef'",
+            "must have images of the same names for each prompt, from the same noise, but those of 'a chef'",
         ),
         ([f"--images={tmp_path / 'broken'}", "--name=broken_audit"], "0.png' cannot be read"),
         ([f"--images={tmp_path / 'sizes'}", "--name=sizes_audit"], "must all have the same size"),
-        ([f"--images={pair}", f"--adapter={other}"], "goes without --adapter, and with --trainer.devices=1"),
+        (
+            [f"--images={pair}", f"--adapter={other}"],
+            "nothing is drawn, so leave out --adapter",
+        ),
         (["--split=best"], "--split"),
         ([f"--images={twice}"], "two folders of"),
         ([f"--adapter={several}"], "holds several LoRAs (a.safetensors, b.safetensors): name one"),
         (["--adapter=owner/repository"], "nor owner/repository or"),
-        (["--ckpt_path=some.ckpt"], "give --adapter"),
+        (["--ckpt_path=some.ckpt"], "reads no checkpoint: give --adapter"),
         (["--trainer.limit_test_batches=0"], "use --data.init_args.test_prompts"),
     ):
         assert said in refused(capsys, [*FEW, *place, *more]), said
@@ -311,7 +322,7 @@ def test_what_classifiers_do_not_read_or_call_otherwise_is_told(capsys: pytest.C
     module = SimpleNamespace(judge=judge(gender=("man", "woman")), attribute=SimpleNamespace(names=("gender",)))
     warn_of_what_is_not_read(module, bias)
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "warning: no classifier reads hair: nothing is told of it" and len(told) == 2
+    assert told[0] == "warning: no classifier reads hair, so it is left out" and len(told) == 2
     assert "'third' has other classes of gender (Male, Female) than the training one (man, woman)" in told[1]
 
 

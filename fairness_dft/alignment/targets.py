@@ -97,7 +97,6 @@ def check_names(attribute: Attribute, judge: Judge, prompts: Iterable[Prompt]) -
     """
     for prompt in prompts:
         for name, kind in named(attribute, prompt).items():
-            judge.load()
             if kind not in judge.classes(name) and prompt.text not in attribute.targets:
                 raise ValueError(
                     f"the training prompt {prompt.text!r} names {name} {kind!r}, which is none of the classifier's "

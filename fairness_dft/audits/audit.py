@@ -1,4 +1,4 @@
-"""What an audit looks at: a model that draws, with its images kept on disk, or images that others made."""
+"""An audit: an evaluation whose images are kept on disk, or were made by others."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from fairness_dft.reports.grid import GridRow, GridSide, comparison_grid
 from fairness_dft.reports.html import Grid
 from fairness_dft.training.evaluation import Evaluation
 
-AT_ONCE = 64  # images that are drawn, or read, at a time
+AT_ONCE = 64  # images that are drawn or read at a time
 PICTURED = 12  # images of a prompt in the report
 
 
@@ -56,7 +56,7 @@ class Audit(Evaluation):
 
     @property
     def models(self) -> list[str]:
-        """Which models are looked at: `original`, and `ema` where there is an adapter or a pair of folders."""
+        """The models that are audited: `original`, and `ema` with an adapter or a pair of folders."""
         if isinstance(self.source, ImageFolder):
             return self.source.models
         return ["original"] if type(self.adapter) is NoAdapter else ["original", "ema"]
@@ -69,7 +69,7 @@ class Audit(Evaluation):
         return {model: self.draw(model, batch) for model in self.models}
 
     def draw(self, model: str, batch: PromptBatch) -> Tensor:
-        """A model's images of a batch, drawn as a finetuning is tested where they are not there yet."""
+        """Return a model's images of a batch; those that are not on disk are drawn as in the test of a finetuning."""
 
         def make(seeds: Tensor) -> Tensor:
             return self.compare(replace(batch, seeds=seeds), (model,))[model]
@@ -79,11 +79,11 @@ class Audit(Evaluation):
 
 
 class FolderPrompts:
-    """The images of an `ImageFolder`, their numbers for seeds, some at a time.
+    """Batches of the images of an `ImageFolder`, with their numbers in place of seeds.
 
     Args:
-        folder: the images.
-        prompts: what they are of, in the folder's order.
+        folder: The images.
+        prompts: Their prompts, in the folder's order.
     """
 
     def __init__(self, folder: ImageFolder, prompts: Sequence[Prompt]) -> None:
@@ -102,7 +102,7 @@ class FolderPrompts:
 
 
 def grids(module: Audit, judge: Judge, loader: Iterable[PromptBatch]) -> Grid:
-    """Draws the pictures of a prompt, by its index, as a judge sees them."""
+    """Return a function that draws the images of a prompt, by its index, with the classes that a classifier sees."""
     classes = {name: judge.classes(name) for name in module.attribute.names}
     batches = {batch.index: batch for batch in reversed(list(loader))}  # the first of each prompt
 
@@ -112,8 +112,8 @@ def grids(module: Audit, judge: Judge, loader: Iterable[PromptBatch]) -> Grid:
         few = replace(batches[index], seeds=batches[index].seeds[:PICTURED].to(module.device))
         for model, images in module.test_step(few, index).items():
             verdict = judge(images)
-            seen = torch.stack([verdict.classes(name) for name in classes], 1)
-            row.sides[model] = GridSide(images.cpu(), seen.cpu(), verdict.has_face.cpu())
+            predicted = torch.stack([verdict.classes(name) for name in classes], 1)
+            row.sides[model] = GridSide(images.cpu(), predicted.cpu(), verdict.has_face.cpu())
         return comparison_grid([row], classes)
 
     return grid

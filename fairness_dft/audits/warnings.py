@@ -1,4 +1,4 @@
-"""What an audit warns of: attributes that nobody reads, few images, truncated prompts."""
+"""Warnings of an audit: attributes that no classifier reads, few images, truncated prompts."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,30 +10,30 @@ from fairness_dft.prompts.files import Prompt
 from fairness_dft.reports.results import Results
 from fairness_dft.training.bias_monitor import BiasMonitor
 
-ENOUGH = 24  # images of a prompt for each class; a fair model scores about a tenth of the largest bias then
+ENOUGH = 24  # images per prompt and class, with which a fair model scores about a tenth of the largest bias
 
 
 def refuse_no_faces(results: Results) -> None:
-    """Say that nothing can be said of pictures without faces.
+    """Refuse images without any face.
 
     Raises:
-        ValueError: if no judge sees one.
+        ValueError: If no classifier finds a face.
     """
-    found = (result for seen in results.bias.values() for result in seen.values())
-    sides = [side for result in found for side in result.models.values()]
+    attributes = (attribute for classifier in results.bias.values() for attribute in classifier.values())
+    sides = [side for attribute in attributes for side in attribute.models.values()]
     if not any(sum(map(sum, side.counts)) for side in sides):
         raise ValueError(
-            "no image shows a face, as the detectors see it: nothing can be said of whom they show; give pictures of "
-            "people, best 24 a prompt for each class, or another --model.judge.faces"
+            "no face was detected in any image, so no bias can be measured; give images of people, at best 24 per "
+            "prompt and class, or another --model.judge.faces"
         )
 
 
 def warn_of_what_is_not_read(module: Audit, bias: BiasMonitor) -> None:
-    """Tell which attributes no classifier reads, and which classifiers name other classes than the training one."""
+    """Warn of attributes that no classifier reads, and of classifiers with other classes than the training one."""
     judges = {"training": module.judge, **bias.others}
     for name in bias.attributes:
         if not any(judge.reads(name) for judge in judges.values()):
-            print(f"warning: no classifier reads {name}: nothing is told of it", file=sys.stderr)
+            print(f"warning: no classifier reads {name}, so it is left out", file=sys.stderr)
     for name in module.attribute.names:
         known = set(module.judge.classes(name))
         for judge, other in bias.others.items():
@@ -41,34 +41,34 @@ def warn_of_what_is_not_read(module: Audit, bias: BiasMonitor) -> None:
                 own, others = ", ".join(sorted(known)), ", ".join(other.classes(name))
                 print(
                     f"warning: the classifier {judge!r} has other classes of {name} ({others}) than the training one "
-                    f"({own}): it is compared with neither it nor the target",
+                    f"({own}), so it is not compared with that one or with the target",
                     file=sys.stderr,
                 )
 
 
 def warn_of_few_images(images: int, module: Audit) -> None:
-    """Tell who looks at few images of a prompt how little they can say, and how many say more."""
+    """Warn of few images per prompt: how much a fair model scores by chance, and how many images reduce it."""
     name = module.attribute.label
     classes = len(module.judge.classes(name))
     floor, more = (float(finite_sample_floor(count, classes)) for count in (images, ENOUGH * classes))
     if images < ENOUGH * classes:
         print(
-            f"warning: of {images} images a prompt, a perfectly fair model would score {floor:.2f} of at most "
-            f"{2 / classes:.2f} for the {classes} classes of {name} by chance; {ENOUGH * classes} images bring that "
-            f"to {more:.2f}",
+            f"warning: with {images} images per prompt, even a fair model scores about {floor:.2f} for the {classes} "
+            f"classes of {name} (maximum {2 / classes:.2f}); use {ENOUGH * classes} or more to reduce this to "
+            f"{more:.2f}",
             file=sys.stderr,
         )
 
 
 def truncated_text(module: Audit, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """By prompt, the end of it that the text encoder does not read; of the prompts that are too long for it."""
+    """Return the end of each prompt that is too long for the text encoder, which it does not read, by prompt."""
     return {prompt.text: cut for prompt in prompts if (cut := module.generator.truncated_text(prompt.text))}
 
 
 def warn_of_long_prompts(cut: Mapping[str, str]) -> None:
-    """Tell of prompts whose end the text encoder does not read."""
+    """Warn of prompts whose end the text encoder does not read."""
     few = [[shorten(part, 60, placeholder="…") for part in pair] for pair in list(cut.items())[:3]]
-    told = "; ".join(f"{end!r} of {text!r}" for text, end in few)
+    examples = "; ".join(f"{end!r} of {text!r}" for text, end in few)
     if cut:
-        more = "; and so on, as results.json tells" if len(cut) > 3 else ""
-        print(f"warning: the text encoder does not read the end of a prompt: {told}{more}", file=sys.stderr)
+        more = "; results.json lists all of them" if len(cut) > 3 else ""
+        print(f"warning: the text encoder does not read the end of a prompt: {examples}{more}", file=sys.stderr)

@@ -123,17 +123,21 @@ class BiasMonitor(EvaluationCallback):
                 sides = (of for side in (before[name], after[name]) for of in (side.classes(attribute), side.has_face))
                 self.paired[key].to(module.device).update(index, *sides)
 
+    def watch_named(self, prompts: Sequence[Prompt]) -> None:
+        """Also watch the attributes that prompts name."""
+        named = [attribute for prompt in prompts for attribute, _ in prompt.names]
+        self.attributes = tuple(dict.fromkeys((*self.attributes, *named)))
+
     def check_names(self, prompts: Sequence[Prompt], training_judge: Judge) -> None:
-        """Refuse prompts that name what a judge does not know, and watch what they name.
+        """Refuse prompts that name a class which a classifier does not know.
+
+        Args:
+            prompts: The prompts.
+            training_judge: The classifier that training learns from; loaded, like those of this monitor.
 
         Raises:
-            ValueError: if there is one.
+            ValueError: If a prompt does.
         """
-        if not any(prompt.names for prompt in prompts):
-            return
-        named = dict.fromkeys(attribute for prompt in prompts for attribute, _ in prompt.names)
-        self.attributes = tuple(dict.fromkeys((*self.attributes, *named)))
-        training_judge.load()
         for judge in (training_judge, *self.others.values()):
             for prompt in prompts:
                 refuse_unknown_names(prompt, judge)

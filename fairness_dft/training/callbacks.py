@@ -1,4 +1,4 @@
-"""What goes along with a training: the average of the adapter, adapters on disk, throughput, the progress bar."""
+"""Callbacks of a training: the average of the adapter, exported adapters, throughput, the progress bar."""
 
 import time
 from pathlib import Path
@@ -15,14 +15,13 @@ from fairness_dft.training.module import FairFinetuning
 class AdapterAverage(Callback):
     """Exponential moving average of the adapter, after every optimizer step.
 
-    It averages the adapter's own tensors alone, which live beside the trained ones in the model and in the
-    checkpoint.
+    Only the adapter is averaged. The average is in the model and in the checkpoint, beside the trained adapter.
 
     Args:
-        decay: share of the average that each step keeps, in [0, 1) (paper: 0.996).
-        start: if given, the average is the plain mean of the adapters of all steps, and from this share of the run on,
-            in [0, 1), of all steps since; of more than 1 / (1 - decay) steps, decay forgets the oldest. So a short run
-            can average its second half.
+        decay: Share of the average that each step keeps, in [0, 1) (paper: 0.996).
+        start: If given, the average is the plain mean of the adapters of all steps, which restarts at this share of the
+            run, in [0, 1). After 1 / (1 - decay) steps, the decay forgets the oldest. A short run can so average its
+            second half.
     """
 
     def __init__(self, decay: float = 0.996, start: float | None = None) -> None:
@@ -34,16 +33,21 @@ class AdapterAverage(Callback):
         self.averaged_steps = 0
 
     def check(self, max_steps: int) -> None:
-        """Refuse a share of a run without an end.
+        """Refuse a share of a run whose length is not known.
 
         Raises:
-            ValueError: if `start` is given and the trainer's `max_steps` is not.
+            ValueError: If `start` is given and the trainer's `max_steps` is not.
         """
         if self.start is not None and max_steps < 0:
             raise ValueError("adapter_average.start is a share of trainer.max_steps: give that too, or start: null")
 
     def decay_at(self, step: int, max_steps: int) -> float:
-        """Share of the average that optimizer step number `step`, from 1, of a run of `max_steps` keeps."""
+        """Return the share of the average that an optimizer step keeps.
+
+        Args:
+            step: Number of the step, from 1.
+            max_steps: Steps of the run.
+        """
         if self.start is None:
             return self.decay
         begin = int(self.start * max_steps)
@@ -66,9 +70,9 @@ class AdapterAverage(Callback):
 
 
 class AdapterCheckpoint(Callback):
-    """Writes the adapters, trained and averaged, as safetensors that diffusers loads, at every validation and the end.
+    """Exports the trained and the averaged adapter, as safetensors that diffusers loads, at every validation and the end.
 
-    They go to adapters/step_000200/{trained,ema}/ in the run's folder.
+    The files are in adapters/step_000200/{trained,ema}/ in the run's folder.
     """
 
     @override
@@ -81,7 +85,7 @@ class AdapterCheckpoint(Callback):
 
     def save(self, trainer: Trainer, module: FairFinetuning) -> None:
         """Write both adapters, on the first rank."""
-        log_dir = trainer.log_dir  # a broadcast: every rank must ask
+        log_dir = trainer.log_dir  # a broadcast, which every rank must join
         if trainer.is_global_zero and log_dir is not None and not trainer.fast_dev_run:
             folder = Path(log_dir, "adapters", f"step_{trainer.global_step:06d}")
             for name in ("trained", "ema"):
@@ -89,7 +93,7 @@ class AdapterCheckpoint(Callback):
 
 
 class Throughput(Callback):
-    """Images per second over whole training steps, backward pass included, in the progress bar and the log."""
+    """Logs images per second over whole training steps, backward pass included, and shows them in the progress bar."""
 
     def __init__(self) -> None:
         self.started = 0.0
@@ -107,9 +111,9 @@ class Throughput(Callback):
 
 
 class StepBar(TQDMProgressBar):
-    """One bar for the whole training, in optimizer steps; Lightning's own starts anew in every epoch.
+    """One progress bar for the whole training, in optimizer steps; Lightning's own restarts in every epoch.
 
-    It shows the loss, the bias of the batch beside what a fair model would have in so few images, and the speed.
+    It shows the loss, the bias of the batch, the bias that a fair model has in as few images, and the speed.
     """
 
     short = {

@@ -1,4 +1,4 @@
-"""TensorBoard's page of a run: one look at bias, losses, what is kept and speed, and a row in the table of runs."""
+"""TensorBoard's page of a run: bias, losses, what is kept and speed at a glance, and a row in the table of runs."""
 
 import re
 from typing import Any
@@ -33,10 +33,10 @@ class Dashboard(Callback):
 
 
 def layout(names: tuple[str, ...] | list[str]) -> Layout:
-    """The charts of the tab Custom Scalars, by their sections; curves are named by regular expressions.
+    """Return the charts of the tab Custom Scalars by section; regular expressions name their curves.
 
     Args:
-        names: of the aligned attributes.
+        names: Names of the aligned attributes.
     """
     product = [TIMES.join(names)] if len(names) > 1 else []
     bias, frequencies = {}, {}
@@ -61,7 +61,7 @@ def layout(names: tuple[str, ...] | list[str]) -> Layout:
 
 
 def multiline(curves: str) -> list[Any]:
-    """A chart of all curves whose names match."""
+    """Return a chart of all curves whose names match."""
     return ["Multiline", [curves]]
 
 

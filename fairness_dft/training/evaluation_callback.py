@@ -1,4 +1,4 @@
-"""The base of callbacks that watch the original, trained and EMA model on the same noise."""
+"""The base of callbacks that measure the original, the trained and the EMA model on the same noise."""
 
 from typing import Any
 
@@ -11,16 +11,34 @@ from fairness_dft.training.evaluation import Evaluation
 
 
 class EvaluationCallback(Callback):
-    """A callback that does the same in validation and in test."""
+    """A callback that does the same in validation and in test: it measures images and changes nothing."""
 
     def start(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
-        """Before the first batch; stage is "validation" or "test"."""
+        """Prepare for a validation or test, before its first batch.
+
+        Args:
+            trainer: The trainer.
+            module: What samples the images.
+            stage: `validation` or `test`.
+        """
 
     def see(self, module: Evaluation, images: dict[str, Tensor], batch: PromptBatch) -> None:
-        """Images of each model, with shape (N, 3, H, W), in [0, 1], from the batch's prompt and noise."""
+        """Measure the images of one batch.
+
+        Args:
+            module: What sampled the images.
+            images: The images of each model, with shape (N, 3, H, W), in [0, 1].
+            batch: Their prompt, and the seeds of their noise.
+        """
 
     def finish(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
-        """After the last batch."""
+        """Log what was measured, after the last batch.
+
+        Args:
+            trainer: The trainer.
+            module: What sampled the images.
+            stage: `validation` or `test`.
+        """
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Images of the same prompts and noise before and after, in TensorBoard and as a file."""
+"""Images of the base model and the finetuned model from the same prompts and noise, in TensorBoard and as a file."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from lightning import Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from fairness_dft.files import replacing
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.reports.grid import GridRow, GridSide, comparison_grid
 from fairness_dft.training.evaluation import Evaluation
@@ -14,14 +15,14 @@ from fairness_dft.training.evaluation_callback import EvaluationCallback
 
 
 class ImageGrid(EvaluationCallback):
-    """Pictures of the same prompts from the same noise, before and after, in TensorBoard and as a file.
+    """Shows images of the base and the finetuned model from the same noise, in TensorBoard and as a file.
 
     Args:
-        prompts: how many prompts, one a row.
-        images: how many images of each model in a row.
+        prompts: Number of prompts, one per row.
+        images: Number of images of each model in a row.
 
     Attributes:
-        file: the picture that the test wrote.
+        file: The image file that the test wrote.
     """
 
     def __init__(self, prompts: int = 6, images: int = 12) -> None:
@@ -48,14 +49,14 @@ class ImageGrid(EvaluationCallback):
 
     @override
     def finish(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
-        log_dir = trainer.log_dir  # a broadcast: every rank must ask
+        log_dir = trainer.log_dir  # a broadcast, which every rank must join
         if not trainer.is_global_zero or not self.rows:
             return
         grid = comparison_grid(self.rows, {name: module.judge.classes(name) for name in module.attribute.names})
         if log_dir is not None and stage == "test":
             self.file = Path(log_dir, "before_after.png")
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            grid.save(self.file)
+            with replacing(self.file) as draft:
+                grid.save(draft)
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_image"):
                 import numpy as np

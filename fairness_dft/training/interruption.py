@@ -1,6 +1,6 @@
-"""How a run is stopped early, with a checkpoint to go on from: by Ctrl-C or SIGTERM, or where its loss is lost.
+"""Stop a run early, with a checkpoint to continue from: on Ctrl-C or SIGTERM, or when its loss is not finite.
 
-Either way it ends after a whole step, because a checkpoint holds no accumulated gradients.
+In both cases it ends after a whole step, because a checkpoint holds no accumulated gradients.
 """
 
 import copy
@@ -21,8 +21,8 @@ from typing_extensions import override
 from fairness_dft.training.module import FairFinetuning
 
 
-def save_to_go_on(trainer: Trainer) -> Path:
-    """Save a checkpoint of a run that is stopped; every rank must call it."""
+def save_stopped_run(trainer: Trainer) -> Path:
+    """Save a checkpoint of a run that is stopped, and return its file; every rank must call it."""
     folder = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
     file = folder / f"stopped-step={trainer.global_step}.ckpt"
     trainer.save_checkpoint(file)
@@ -30,9 +30,9 @@ def save_to_go_on(trainer: Trainer) -> Path:
 
 
 class GracefulStop(Callback):
-    """Ends training after the step in which a signal came, with a checkpoint; a second signal ends it at once.
+    """Ends training after the step in which a signal arrives, with a checkpoint; a second signal ends it at once.
 
-    The run that is resumed from it is the one that was not stopped, up to rounding where noise is_repeated.
+    A run that is resumed from it gives the results of one that was not stopped, up to rounding where noise is repeated.
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class GracefulStop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
             self.signal = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
+            for other, handler in before.items():
+                signal.signal(other, handler)
             if trainer.is_global_zero:  # not print, which a signal may have interrupted
-                os.write(2, b"\nstopping after this step; once more to stop at once\n")
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
         self.signal, self.step = 0, trainer.global_step
         if not trainer.fast_dev_run:  # Lightning puts its own handlers back after the fit
@@ -55,22 +55,22 @@ class GracefulStop(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         stepped, self.step = trainer.global_step > self.step, trainer.global_step
         if stepped:
-            self.obey(trainer)
+            self.stop_if_asked(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.obey(trainer)  # the signal came in the last validation
+        self.stop_if_asked(trainer)  # the signal arrived in the last validation
 
-    def obey(self, trainer: Trainer) -> None:
-        """Save a checkpoint and end the run on all ranks, if any of them got a signal.
+    def stop_if_asked(self, trainer: Trainer) -> None:
+        """Save a checkpoint and end the run on all ranks, if any of them received a signal.
 
         Raises:
-            SystemExit: with a status that tells the signal, on the first rank.
+            SystemExit: On the first rank with 128 plus the number of the signal, on the others with 0.
         """
         if trainer.strategy.reduce_boolean_decision(self.signal > 0, all=False):
-            file = save_to_go_on(trainer)
+            file = save_stopped_run(trainer)
             if trainer.is_global_zero:
-                print(f"stopped after step {trainer.global_step}; to go on, add --ckpt_path {file}", file=sys.stderr)
+                print(f"stopped after step {trainer.global_step}; to continue, add --ckpt_path {file}", file=sys.stderr)
             raise SystemExit(128 + (self.signal or signal.SIGTERM) if trainer.is_global_zero else 0)
 
     @override
@@ -82,16 +82,16 @@ class GracefulStop(Callback):
 class SkipNonFiniteSteps(Callback):
     """Skips each optimizer step whose loss or gradient is not finite, on all ranks, and counts them.
 
-    Neither what is trained nor the optimizer's moments change in such a step. Where many follow each other, training
-    ends with a checkpoint of what was good: adapter, average and optimizer as they were before the last update, with
-    which loss and gradient were still finite. The update itself may be what broke them. Under `16-mixed`, which tries
-    ever larger scales of the loss, a step now and then is skipped, the first ones more often.
+    Neither the adapter nor the optimizer's moments change in such a step. After many in a row, training ends with a
+    checkpoint of the last good state: adapter, average and optimizer before the last update, since the update itself
+    may have broken them. `16-mixed` tries ever larger scales of the loss, so that it skips a step now and then, at the
+    start more often.
 
     Args:
-        patience: how many steps in a row end the run.
+        patience: Number of skipped steps in a row that end the run.
 
     Attributes:
-        skipped: how many steps were skipped.
+        skipped: Number of steps that were skipped.
     """
 
     def __init__(self, patience: int = 20) -> None:
@@ -115,12 +115,12 @@ class SkipNonFiniteSteps(Callback):
         self.finite = True
         if trainer.strategy.reduce_boolean_decision(not finite, all=False):
             for parameter in parameters:
-                parameter.grad = None  # and the optimizer passes it over
+                parameter.grad = None  # so that the optimizer leaves it as it is
             self.skipped += 1
             self.in_a_row += 1
         else:
             self.in_a_row = 0
-            self.put(pl_module, optimizer)
+            self.keep(pl_module, optimizer)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: FairFinetuning, *args: Any) -> None:
@@ -128,22 +128,22 @@ class SkipNonFiniteSteps(Callback):
         if self.in_a_row >= self.patience:
             self.in_a_row = 0
             self.restore(pl_module)
-            file = save_to_go_on(trainer)
+            file = save_stopped_run(trainer)
             if not trainer.is_global_zero:
                 raise SystemExit(0)
             raise ValueError(
                 f"the loss or its gradient was not finite in {self.patience} steps in a row, which were skipped; the "
-                f"last adapter that was good is in {file}: go on from there (--ckpt_path) with a smaller "
+                f"last good adapter is in {file}: continue from there (--ckpt_path) with a smaller "
                 "--model.learning_rate, or with --trainer.precision 32-true"
             )
 
-    def put(self, module: FairFinetuning, optimizer: Optimizer) -> None:
-        """Keep what is about to change."""
+    def keep(self, module: FairFinetuning, optimizer: Optimizer) -> None:
+        """Copy the state that the optimizer step is about to change."""
         adapters = {name: module.adapter.state_dict(name) for name in ("trained", "ema")}
         self.good = copy.deepcopy({"adapters": adapters, "moments": optimizer.state_dict()}) | {"optimizer": optimizer}
 
     def restore(self, module: FairFinetuning) -> None:
-        """Go back to what was kept, if anything was."""
+        """Restore the copied state, if there is one."""
         if self.good:
             for name, state in self.good["adapters"].items():
                 module.adapter.load_state_dict(state, name)

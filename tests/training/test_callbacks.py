@@ -294,6 +294,7 @@ def test_what_prompts_name_is_watched_and_must_be_known():
     monitor, module = BiasMonitor(attributes=()), finetuning(features=())
     module.configure_model()
     named = Prompt("a", "a", "named", (("gender", "woman"), ("age", "old"), ("race", None)))
+    monitor.watch_named([named])
     monitor.check_names([named], module.judge)
     assert monitor.attributes == ("gender", "age", "race")
     lady = Prompt("a lady", "a", "named", (("gender", "lady"),))
