@@ -115,9 +115,7 @@ def test_settings_of_an_audit_do_not_change(run: Path, audit: Path, capsys: pyte
     changes += [([same, "--data.init_args.test_images_per_prompt=6"], "test_images_per_prompt 4, not 6")]
     for more, odd in changes:
         assert odd in refused(capsys, [*FEW, *place, *more])
-    assert "is not an audit" in refused(
-        capsys, [*FEW, f"--output={audit.parents[1]}", f"--name={audit.parent.name}"]
-    )
+    assert "is not an audit" in refused(capsys, [*FEW, f"--output={audit.parents[1]}", f"--name={audit.parent.name}"])
 
 
 def test_images_that_others_made_are_judged_alike(audit: Path, tmp_path: Path) -> None:

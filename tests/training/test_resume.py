@@ -48,7 +48,7 @@ def test_stopped_run_says_how_to_go_on_and_goes_on_as_if_it_had_not_been(tmp_pat
     assert stopped.value.code == 128 + number
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     file = tmp_path / "half" / "checkpoints" / "stopped-step=2.ckpt"  # batch 2 of 0 to 5 is half of the second step
-    assert f"stopped after step 2; to go on, add --ckpt_path {file}\n" in capsys.readouterr().err
+    assert f"stopped after step 2; to continue, add --ckpt_path {file}\n" in capsys.readouterr().err
     resumable(file)
     resumed = run(tmp_path / "rest", 3, ckpt_path=file, more=[GracefulStop()], accumulate_grad_batches=2)
     for key, value in whole.items():
@@ -81,7 +81,7 @@ def test_a_signal_in_the_last_validation_ends_the_run_too(tmp_path, capsys):
         run(tmp_path, 1, more=[GracefulStop(), InValidation()], **settings)
     assert stopped.value.code == 128 + signal.SIGTERM
     file = tmp_path / "checkpoints" / "stopped-step=1.ckpt"
-    assert f"stopped after step 1; to go on, add --ckpt_path {file}\n" in capsys.readouterr().err
+    assert f"stopped after step 1; to continue, add --ckpt_path {file}\n" in capsys.readouterr().err
     resumable(file)
 
 
