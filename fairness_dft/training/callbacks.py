@@ -70,7 +70,7 @@ class AdapterAverage(Callback):
 
 
 class AdapterCheckpoint(Callback):
-    """Exports the trained and the averaged adapter, as safetensors that diffusers loads, at every validation and the end.
+    """Exports the trained and the averaged adapter for diffusers, as safetensors, at every validation and at the end.
 
     The files are in adapters/step_000200/{trained,ema}/ in the run's folder.
     """

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from fairness_dft.files import one_line
 from fairness_dft.reports.results import Results
+from fairness_dft.training.moved_names import rename
 
 Average = Literal["ema", "trained"]
 Module = TypeVar("Module")
@@ -70,15 +71,21 @@ class FinishedRun:
             raise ValueError(f"--run: {error}") from error
 
     def settings(self) -> dict[str, Any]:
-        """Return all settings of the run, as config.yaml has them.
+        """Return all settings of the run, as config.yaml has them, in the names of today.
 
         Raises:
             ValueError: If config.yaml is not valid YAML.
         """
+        file = self.folder / "config.yaml"
         try:
-            return yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")) or {}
+            node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except yaml.YAMLError as error:
-            raise ValueError(f"--run: {str(self.folder / 'config.yaml')!r} is not valid: {one_line(error)}") from error
+            raise ValueError(f"--run: {str(file)!r} is not valid: {one_line(error)}") from error
+        if node is None:
+            return {}
+        rename(node)
+        settings: dict[str, Any] = yaml.safe_load(yaml.serialize(node))
+        return settings
 
     def module_settings(self) -> dict[str, Any]:
         """Return the settings of the finetuned module, with the seed of the run."""

@@ -91,6 +91,16 @@ def test_the_example_runs(run: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert re.fullmatch(r"original: bias [01]\.\d\d\nema: bias [01]\.\d\d\n", printed), printed
 
 
+def test_a_run_of_an_older_version_opens(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sampler = {"class_path": "fairness_dft.sampler.Sampler", "init_args": {"steps": 2}}
+    attribute = {"name": "gender", "factor1": 0.25}
+    folder = copied(run, tmp_path / "run", evaluation_sampler=sampler, attribute=attribute)
+    settings = FinishedRun(folder).module_settings()
+    assert settings["evaluation_sampler"]["class_path"] == "fairness_dft.sampling.Sampler"
+    assert settings["attribute"] == {"name": "gender", "semantics_factor": 0.25}
+    assert "factor1 is now called model.attribute.semantics_factor" in capsys.readouterr().err
+
+
 def test_classes_from_outside_need_consent(run: Path, tmp_path: Path) -> None:
     adapter = {"class_path": "elsewhere.Adapter", "init_args": {}}
     folder = copied(run, tmp_path / "run", adapter=adapter)
