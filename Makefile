@@ -20,10 +20,12 @@ quickstart: $(STAMP) ## debias the miniature Stable Diffusion and show before an
 test: $(STAMP) ## run the tests and report their coverage
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov=fairness_dft --cov-report=term $(ARGS)
 
-lint: $(STAMP) ## check style and formatting, change nothing
+lint: $(STAMP) ## check style, formatting, rooms, types and spelling, change nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy fairness_dft
+	$(BIN)/codespell
 
 docs: $(STAMP) ## build the documentation into site/, offline, and run its examples (a minute)
 	$(BIN)/python -m pytest -q --doctest-modules fairness_dft tests/test_docs.py
@@ -38,11 +40,11 @@ benchmark: $(STAMP) ## measure a training step and its targets beside the author
 	$(BIN)/python -m benchmarks.step $(ARGS)
 
 clean: ## remove caches, build products and the install stamp; keeps .venv, runs and data
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* $(STAMP)
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage .coverage.* $(STAMP)
 	find fairness_dft tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Made once, and again when a requirement changes. PyTorch comes first, so that it can come from its own index.
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is older than 3.10; name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Installing fairness_dft and what it needs into .venv (once; PyTorch takes a few minutes)"

@@ -1,7 +1,6 @@
 """Open a finished run on this machine, for the commands that draw with it or export it."""
 
 import json
-import tempfile
 from pathlib import Path
 
 from fairness_dft.cli.lightning_cli import FairnessCLI
@@ -24,12 +23,9 @@ def build(run: FinishedRun, output: str) -> FairnessCLI:
     settings = run.settings()
     kept = {key: settings[key] for key in ("model", "seed_everything") if key in settings}
     kept["trainer"] = {"precision": settings.get("trainer", {}).get("precision")}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        json.dump(kept, file)
-        file.flush()
-        here = [f"--trainer.{setting}" for setting in HERE]
-        data = "--data=fairness_dft.prompts.OccupationPrompts"
-        return FairnessCLI([f"--config={file.name}", data, *here, f"--output={output}"])
+    here = [f"--trainer.{setting}" for setting in HERE]
+    data = "--data=fairness_dft.prompts.OccupationPrompts"
+    return FairnessCLI([f"--config={json.dumps(kept)}", data, *here, f"--output={output}"])
 
 
 def load_adapter(module: FairFinetuning, folder: Path, name: Average, scale: float) -> FairFinetuning:
