@@ -11,6 +11,8 @@ from pkgutil import resolve_name
 import pytest
 import yaml
 
+from fairness_dft.fit import main as fit
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md")),
@@ -108,16 +110,27 @@ def test_python_compiles_and_imports_what_exists(page):
                     resolve_name(f"{node.module}:{alias.name}")
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, which stands in for the quickstart's."""
+    output = tmp_path_factory.mktemp("runs")
+    short = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.limit_test_batches=0"]
+    short += ["--trainer.val_check_interval=1", "--data.init_args.images_per_prompt=2"]
+    fit(["--config=quickstart", f"--output={output}", "--trainer.enable_progress_bar=false", *short])
+    return output / "quickstart" / "version_0"
+
+
 @pytest.mark.slow
-def test_python_that_needs_no_run_runs(page, tmp_path):
-    runnable = [block for block in blocks(page, "python") if "runs/" not in block]
-    if not runnable:
-        pytest.skip("the page has no such example")
+def test_python_examples_run(run, tmp_path):
+    examples = "\n\n".join(block for page in PAGES for block in blocks(page, "python"))
+    assert "Evaluation.from_run" in examples and "load_lora_weights" in examples and "draw_portraits" in examples
+    examples = re.sub("step_[0-9]{6}", "step_000001", examples.replace("6000", "60").replace("count=24", "count=2"))
     (tmp_path / "data").symlink_to(ROOT / "data")
-    for block in runnable:
-        quick = block.replace("6000", "60")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(
-            [sys.executable, "-c", quick], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stderr
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "version_0").symlink_to(run)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", examples], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search("^ema: bias ", result.stdout, re.MULTILINE)
