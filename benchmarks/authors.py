@@ -116,7 +116,7 @@ def authors_step(
 
     with torch.no_grad():
         images = torch.cat([sample(module, prompt, noise[part], steps) for part in larger])
-        alignments = module.assign(module.judge(images), module.targets.in_training(batch.prompt), randomness())
+        alignments = module.assign(module.judge(images), module.targets.in_training(batch.prompt).joint, randomness())
         with module.adapter.using("original"):
             images = torch.cat([sample(module, prompt, noise[part], steps) for part in larger])
         verdict = module.judge(images)

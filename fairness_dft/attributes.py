@@ -12,8 +12,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 TIMES = "×"
@@ -84,43 +87,131 @@ class Attribute:
         value = getattr(self, setting)
         return value[name] if isinstance(value, Mapping) else value
 
-    def distributions(self, classes: Mapping[str, Sequence[str]]) -> dict[str | None, Tensor]:
-        """The target distributions D over the classifier's classes, in its order.
+    def distributions(self, classes: Mapping[str, Sequence[str]]) -> dict[str | None, "TargetDistribution"]:
+        """Return the target distributions D over the classifier's classes, in its order.
 
         Args:
-            classes: the class names of each attribute.
+            classes: The class names of each attribute.
 
         Returns:
-            `target` by None and each of `targets` by its key, float64 with one dimension an attribute.
+            `target` by None and each of `targets` by its key.
 
         Raises:
-            ValueError: if a target does not fit the classes, is negative or does not sum to one.
+            ValueError: If a target does not fit the classes, is negative or does not sum to one.
         """
-        classes = {name: tuple(classes[name]) for name in self.names}
-        general = self._distribution(None, self.target, classes, dict.fromkeys(classes, "uniform"))
-        others = [[axis for axis in range(general.ndim) if axis != own] for own in range(general.ndim)]
-        rest = {
-            name: (general.sum(axes) if axes else general).tolist() for name, axes in zip(classes, others, strict=True)
+        axes = {name: tuple(classes[name]) for name in self.names}
+        general = self._distribution(None, self.target, axes, dict.fromkeys(axes, "uniform"))
+        rest: dict[str, Shares] = {name: general.marginal(name).tolist() for name in axes}
+        return {
+            None: general,
+            **{key: self._distribution(key, target, axes, rest) for key, target in self.targets.items()},
         }
-        found = {key: self._distribution(key, target, classes, rest) for key, target in self.targets.items()}
-        return {None: general, **found}
 
     def _distribution(
-        self, key: str | None, target: Target, classes: dict[str, tuple[str, ...]], rest: Mapping[str, Shares]
-    ) -> Tensor:
-        """One target; an attribute that it leaves out has its shares from `rest`."""
+        self, key: str | None, target: Target, classes: Mapping[str, tuple[str, ...]], rest: Mapping[str, Shares]
+    ) -> "TargetDistribution":
+        """Return one target; an attribute that it leaves out has its shares from `rest`."""
         where = f"attribute.target of {self.label!r}" if key is None else f"attribute.targets of {key!r}"
         if isinstance(target, Mapping) and target and set(target) <= set(classes):
             parts = [(f"{where}, {name}", target.get(name, rest[name]), classes[name]) for name in classes]
         elif target == "uniform":
-            parts = [(where, target, names) for names in classes.values()]
+            parts = [(where, "uniform", names) for names in classes.values()]
         else:
             table = [", ".join(names) for names in product(*classes.values())]
-            return shares(where, target, table).reshape([len(names) for names in classes.values()])
+            joint = shares(where, cast(Shares, target), table)
+            return TargetDistribution(joint.reshape([len(names) for names in classes.values()]), classes)
         joint = torch.ones((), dtype=torch.float64)
-        for part in parts:
-            joint = joint[..., None] * shares(*part)
-        return joint
+        for place, shares_given, names in parts:
+            joint = joint[..., None] * shares(place, cast(Shares, shares_given), names)
+        return TargetDistribution(joint, classes)
+
+
+@dataclass(frozen=True, eq=False)
+class TargetDistribution:
+    """A target distribution D over the product of the classes of several attributes, with named axes.
+
+    Args:
+        joint: The share of each combination of classes, float64 with shape (K_1, ..., K_A), summing to one.
+        classes: The class names of each attribute, in the order of the axes.
+
+    Raises:
+        ValueError: If the shape of `joint` is not that of the classes.
+
+    Example:
+        >>> axes = {"gender": ("man", "woman"), "age": ("young", "old")}
+        >>> target = TargetDistribution(torch.tensor([[0.4, 0.1], [0.3, 0.2]], dtype=torch.float64), axes)
+        >>> target.marginal("age").tolist()
+        [0.7, 0.30000000000000004]
+        >>> target.given({"gender": "woman"}).joint.tolist()
+        [[0.0, 0.0], [0.6, 0.4]]
+    """
+
+    joint: Tensor
+    classes: Mapping[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        expected = tuple(len(names) for names in self.classes.values())
+        if tuple(self.joint.shape) != expected:
+            raise ValueError(
+                f"`joint` must have the shape of the classes, {expected}, but got {tuple(self.joint.shape)}"
+            )
+
+    @property
+    def label(self) -> str:
+        """The name of the product of its attributes."""
+        return TIMES.join(self.classes)
+
+    def marginal(self, name: str) -> Tensor:
+        """Return the distribution of one attribute alone, float64 with shape (K,)."""
+        return marginal(self.joint, list(self.classes).index(name))
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Return the share of each class by its name: of the product first, then of each attribute."""
+        combinations = [", ".join(names) for names in product(*self.classes.values())]
+        tables = {self.label: dict(zip(combinations, self.joint.flatten().tolist(), strict=True))}
+        for name, names in self.classes.items():
+            tables[name] = dict(zip(names, self.marginal(name).tolist(), strict=True))
+        return tables
+
+    def given(self, named: Mapping[str, str]) -> "TargetDistribution":
+        """Return the distribution where the classes of some attributes are named, D(· | named).
+
+        Where D excludes what is named, the other attributes keep the shares that they have over all of D.
+
+        Args:
+            named: The class of each named attribute.
+
+        Returns:
+            The distribution, with the axes of D: zero wherever a class differs from the named one.
+        """
+        index = {axis: self.classes[name].index(named[name]) for axis, name in enumerate(self.classes) if name in named}
+        place = tuple(
+            slice(index[axis], index[axis] + 1) if axis in index else slice(None) for axis in range(self.joint.ndim)
+        )
+        part = self.joint[place]
+        if named and not part.any():
+            part = self.joint.sum(list(index), keepdim=True)
+        conditional = torch.zeros_like(self.joint)
+        conditional[place] = part / part.sum()
+        return TargetDistribution(conditional, self.classes)
+
+
+Array = TypeVar("Array", Tensor, NDArray[np.float64])
+
+
+def marginal(joint: Array, *kept: int) -> Array:
+    """Sum an array over all axes but the kept ones.
+
+    Args:
+        joint: Any array or tensor.
+        kept: The axes that stay, in their order.
+
+    Example:
+        >>> marginal(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1).tolist()
+        [4.0, 6.0]
+    """
+    others = tuple(axis for axis in range(joint.ndim) if axis not in kept)
+    return joint.sum(others) if others else joint
 
 
 def shares(where: str, target: Shares, classes: Sequence[str]) -> Tensor:

@@ -135,7 +135,7 @@ def main(args: ArgsType = None) -> None:
     trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, tuple(MONITORS.values()))]
     module.generator.check()
     module.judge.load()
-    check_names(module.attribute, module.judge, [prompt])
+    check_names(module.attribute, module.judge.classes, [prompt])
     module.configure_model()
     statistics = compare_paths(trainer, module, batches)
     norms = steps_table(module.to(trainer.strategy.root_device), prompt.text, cli.config.noises)

@@ -62,7 +62,7 @@ def main(args: ArgsType = None) -> None:
     tested = [] if unused["test"] else data.prompts("test")
     find[BiasMonitor].watch_named(tested)
     find[BiasMonitor].check_names(tested, module.judge)
-    check_names(module.attribute, module.judge, data.prompts("train"))
+    check_names(module.attribute, module.judge.classes, data.prompts("train"))
     module.configure_model()
     if cli.config.plan:
         with telling_what_saves_memory(module, data):

@@ -13,12 +13,12 @@ CLASSES = {"gender": ("man", "woman"), "race": SKINS, "age": ("young", "old")}
 
 def distribution(attribute: Attribute, classes: Sequence[str]) -> torch.Tensor:
     """The target of a single attribute."""
-    return attribute.distributions({attribute.name: classes})[None]
+    return attribute.distributions({attribute.name: classes})[None].joint
 
 
 def joint(*names: str, **settings: object) -> torch.Tensor:
     """The target of several attributes of CLASSES."""
-    return Attribute(list(names), **settings).distributions(CLASSES)[None]
+    return Attribute(list(names), **settings).distributions(CLASSES)[None].joint
 
 
 @pytest.mark.parametrize("classes", [("only",), ("man", "woman"), SKINS, tuple("abcdefg")])
@@ -102,8 +102,8 @@ def test_targets_of_prompts_stand_beside_the_default() -> None:
     attribute = Attribute(["gender", "age"], targets={"sport": "uniform", "ceo": {"gender": [0.3, 0.7]}})
     found = attribute.distributions(CLASSES)
     assert list(found) == [None, "sport", "ceo"]
-    torch.testing.assert_close(found["sport"], found[None])
-    torch.testing.assert_close(found["ceo"].sum(1), torch.tensor([0.3, 0.7], dtype=torch.float64))
+    torch.testing.assert_close(found["sport"].joint, found[None].joint)
+    torch.testing.assert_close(found["ceo"].marginal("gender"), torch.tensor([0.3, 0.7], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["gender×age", ["gender", "age"], ["gender×age"]])
@@ -162,7 +162,7 @@ def test_attributes_that_a_target_of_some_prompts_leaves_out_keep_their_shares()
     general = {"age": {"young": 0.75, "old": 0.25}}
     table = {"man, young": 0.25, "woman, young": 0.5, "man, old": 0.25}  # a quarter old, too
     for target in (general, table):
-        found = Attribute(["gender", "age"], target=target, targets=own).distributions(classes)["senator"]
+        found = Attribute(["gender", "age"], target=target, targets=own).distributions(classes)["senator"].joint
         expected = torch.tensor([[0.6 * 0.75, 0.6 * 0.25], [0.4 * 0.75, 0.4 * 0.25]], dtype=torch.float64)
         torch.testing.assert_close(found, expected)
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fairness_dft.alignment.assignment import optimal_assignments
 from fairness_dft.alignment.counts import draw_counts, enumerate_counts
+from fairness_dft.attributes import marginal
 
 
 @dataclass(frozen=True)
@@ -129,22 +130,17 @@ def expected_joint_targets(
         )
     seen = [values.detach().cpu().double().numpy() for values in probabilities]
     if rescale_cost:
-        seen = [relative_to_target(values, _marginal(distribution, a)) for a, values in enumerate(seen)]
+        seen = [relative_to_target(values, marginal(distribution, a)) for a, values in enumerate(seen)]
     cost = transport_cost(*seen)
     expected = expected_assignment(cost, distribution.ravel(), draws, max_enumeration, generator)
     expected = expected.reshape(len(cost), *distribution.shape)
-    return [_targets(_marginal(expected, a + 1, keep=0), values) for a, values in enumerate(probabilities)]
+    return [_targets(marginal(expected, 0, a + 1), values) for a, values in enumerate(probabilities)]
 
 
 def _targets(expected: np.ndarray, like: Tensor) -> Targets:
     expected = torch.from_numpy(expected)
     confidence, classes = expected.max(dim=1)
     return Targets(expected.to(like), classes.to(like.device), confidence.to(like))
-
-
-def _marginal(distribution: np.ndarray, axis: int, keep: int | None = None) -> np.ndarray:
-    """Sums over all axes but `axis` and `keep`."""
-    return distribution.sum(axis=tuple(other for other in range(distribution.ndim) if other not in (axis, keep)))
 
 
 def transport_cost(*probabilities: np.ndarray) -> np.ndarray:

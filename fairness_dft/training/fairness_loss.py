@@ -118,7 +118,7 @@ class FairnessLoss(Evaluation):
         scales = torch.ones_like(images[:, :1])  # filled in below, once the faces are known
         embeddings = self.embed(scale_gradient(images, scales))
         verdict = result()
-        alignments = self.assign(verdict, self.targets.in_training(batch.prompt), random)
+        alignments = self.assign(verdict, self.targets.in_training(batch.prompt).joint, random)
         align = {
             name: alignment_loss(verdict.logits[name], alignment, self.trainer.world_size)
             for name, alignment in alignments.items()
@@ -157,7 +157,7 @@ class FairnessLoss(Evaluation):
         self.log("loss/total", loss, prog_bar=True, sync_dist=True)
         classes = self.gather(verdict.classes(self.attribute.label))[self.gather(verdict.has_face)]
         if len(classes) and not named(self.attribute, prompt):
-            counts = torch.bincount(classes, minlength=self.targets.general.numel())
+            counts = torch.bincount(classes, minlength=self.targets.general.joint.numel())
             self.log("batch/bias", class_bias(counts / len(classes)), prog_bar=True)
             self.log("batch/floor", float(finite_sample_floor(len(classes), len(counts))), prog_bar=True)
 
