@@ -1,10 +1,9 @@
 """Diagnose the gradient: `python -m fairness_dft.diagnose --config experiments/gender.yaml`.
 
-The settings are those of `fairness_dft.fit`. Two questions are answered, each with a picture and a table: how large a
-part each sampling step has in the gradient, exactly and without the coupling of the steps (Fig. 1b of the paper), and
-how well the gradients of independent training batches agree, for each way of computing them and at the same cost. Both
-are about one prompt, the first training prompt or that of `--prompt`: different prompts may ask for opposite changes,
-whose gradients cancel.
+Accepts the settings of `fairness_dft.fit`. It answers two questions, each with a figure and a table: how much each
+sampling step contributes to the gradient, exactly and without the coupling of the steps (Fig. 1b of the paper), and how
+well the gradients of independent training batches agree, for each gradient path and at the same cost. Both use one
+prompt, the first training prompt or that of `--prompt`, because the gradients of different prompts may cancel.
 """
 
 if __name__ == "__main__":  # answers before the imports, which take seconds
@@ -49,7 +48,7 @@ from fairness_dft.sampling.diagnosis import (
 )
 from fairness_dft.training.fairness_loss import FairnessLoss
 
-PROMPT_HELP = "A training prompt or its subject, or any other text; the first training prompt by default."
+PROMPT_HELP = "A training prompt, its subject, or any other text; the first training prompt by default."
 
 
 class Diagnosis(FairnessLoss):
@@ -75,10 +74,10 @@ class Diagnosis(FairnessLoss):
 
 
 class DiagnoseCLI(FairnessCLI):
-    """`fairness_dft.fit`'s settings, and what a diagnosis needs besides.
+    """The settings of `fairness_dft.fit`, and those of a diagnosis.
 
     Raises:
-        ValueError: in one line, for any mistake in configuration, before a model is loaded.
+        ValueError: In one line, for any mistake in the configuration, before a model is loaded.
     """
 
     def __init__(self, args: ArgsType = None) -> None:
@@ -89,8 +88,10 @@ class DiagnoseCLI(FairnessCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.set_defaults({"output": "diagnoses"})
-        parser.add_argument("--noises", type=int, default=8, help="Initial noises of the step by step picture.")
-        parser.add_argument("--batches", type=int, default=16, help="Training batches that are compared.")
+        parser.add_argument(
+            "--noises", type=int, default=8, help="Number of initial noises in the figure of the steps."
+        )
+        parser.add_argument("--batches", type=int, default=16, help="Number of training batches to compare.")
         parser.add_argument("--prompt", type=str | None, default=None, help=PROMPT_HELP)
 
     @property
@@ -100,11 +101,11 @@ class DiagnoseCLI(FairnessCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        for name, least in (("noises", 2), ("batches", 2)):
-            if self.config[name] < least:
-                raise ValueError(f"--{name} must be at least {least}, but is {self.config[name]}")
+        for name in ("noises", "batches"):
+            if self.config[name] < 2:
+                raise ValueError(f"--{name} must be at least 2, but is {self.config[name]}")
         if self.config.ckpt_path is not None:
-            raise ValueError("--ckpt_path: a diagnosis looks at the start of a finetuning, and reads no checkpoint")
+            raise ValueError("--ckpt_path: a diagnosis starts from a new adapter and reads no checkpoint")
         new_folder(self.folder)
 
     @override
@@ -116,10 +117,10 @@ class DiagnoseCLI(FairnessCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """Compute the gradients, and write pictures and tables into the diagnosis's folder.
+    """Compute the gradients, and write figures and tables into the diagnosis's folder.
 
     Raises:
-        ValueError: in one line, for what the user can mend.
+        ValueError: In one line, for anything that the user can fix.
     """
     cli = DiagnoseCLI(args)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
@@ -129,10 +130,12 @@ def main(args: ArgsType = None) -> None:
     prompt = chosen_prompt(data.prompts("train"), cli.config.prompt)
     print(f"Prompt:   {prompt.text!r}")
     data.limits["train"], data.noise_pool = 1, None
-    module.sampler.steps_max = module.sampler.steps  # one T, whose passes are told
-    loader = data.train_dataloader()  # goes on with fresh noise every time
+    module.sampler.steps_max = module.sampler.steps  # one T, so that costs can be compared
+    loader = data.train_dataloader()  # each pass continues with fresh noise
     batches = [replace(batch, prompt=prompt) for _ in range(cli.config.batches) for batch in loader]
-    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, tuple(MONITORS.values()))]
+    trainer.callbacks = [
+        callback for callback in trainer.callbacks if not isinstance(callback, tuple(MONITORS.values()))
+    ]
     module.generator.check()
     module.judge.load()
     check_names(module.attribute, module.judge.classes, [prompt])
@@ -142,16 +145,16 @@ def main(args: ArgsType = None) -> None:
 
     folder = cli.folder
     write_table(folder / "steps.csv", ["noise", "timestep", "coefficient", *PARTS], norms)
-    rows = [paths_row(name, found, cost, module.sampler.steps) for name, (found, cost) in statistics.items()]
+    rows = [paths_row(name, values, cost, module.sampler.steps) for name, (values, cost) in statistics.items()]
     write_table(folder / "paths.csv", list(rows[0]), [list(row.values()) for row in rows])
     draw_steps(folder / "steps.png", norms, prompt.text)
     draw_paths(folder / "paths.png", rows)
     print_paths(rows)
-    print(f"Pictures: {folder / 'steps.png'} and {folder / 'paths.png'}\nTables:   steps.csv and paths.csv beside them")
+    print(f"Figures:  {folder / 'steps.png'} and {folder / 'paths.png'}\nTables:   steps.csv and paths.csv beside them")
 
 
 def chosen_prompt(known: Sequence[Prompt], wanted: str | None) -> Prompt:
-    """The first training prompt, the one of this text or subject, or, if there is none, the text itself."""
+    """Return the first training prompt, the one with this text or subject, or a new one with this text."""
     if wanted is None:
         return known[0]
     return next((prompt for prompt in known if wanted in (prompt.text, prompt.subject)), Prompt(wanted, wanted, "own"))
@@ -160,8 +163,9 @@ def chosen_prompt(known: Sequence[Prompt], wanted: str | None) -> Prompt:
 def compare_paths(
     trainer: Trainer, module: Diagnosis, batches: Sequence[PromptBatch]
 ) -> dict[str, tuple[GradientStatistics, float]]:
-    """For every gradient path how its gradients of the same batches relate, and what one costs in network passes."""
-    found, steps = {}, module.sampler.steps
+    """Return for each gradient path how its gradients of the batches relate, and the cost of one in network passes."""
+    statistics: dict[str, tuple[GradientStatistics, float]] = {}
+    steps = module.sampler.steps
     loader = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
     for name, path in PATHS.items():
         if path.count is not None and path.count > steps:
@@ -169,14 +173,14 @@ def compare_paths(
         module.sampler.gradient = path
         trainer.test(module, dataloaders=loader, verbose=False)
         gradients = torch.stack(module.gradients)
-        found[name] = GradientStatistics.of(gradients), passes(path, steps)
+        statistics[name] = GradientStatistics.of(gradients), passes(path, steps)
         if name == "naive":
-            found["naive, clipped"] = GradientStatistics.of(clipped(gradients)), passes(path, steps)
-    return found
+            statistics["naive, clipped"] = GradientStatistics.of(clipped(gradients)), passes(path, steps)
+    return statistics
 
 
 def steps_table(module: Diagnosis, prompt: str, noises: int) -> list[list[float]]:
-    """For every noise and sampling step: noise, timestep, k_t and the three norms of `StepGradient.norms`."""
+    """Return a row for each noise and sampling step: noise, timestep, k_t, and the norms of `StepGradient.norms`."""
     rows, sampler = [], module.sampler
     for number in range(noises):
         noise = module.generator.noise(torch.tensor([number]))

@@ -1,8 +1,4 @@
-"""What measures a run in validation and test: bias, quality, pictures.
-
-Every monitor is handed the same images, those of the original, the trained and the averaged (EMA) model from the same
-prompts and noise; each has one concern.
-"""
+"""Bias and class frequencies in validation and test, by the training classifier and by independent ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
@@ -26,22 +22,22 @@ TRAINING, INDEPENDENT = "training", "independent"
 
 
 class BiasMonitor(EvaluationCallback):
-    """Bias and class frequencies of each model, by the training judge and by one that training never saw.
+    """Measures bias and class frequencies of each model, by the training classifier and by independent ones.
 
     Args:
-        attributes: which attributes, or products such as gender×race, are watched besides the aligned ones; those
-            that a judge does not read are left out.
-        independent_judge: a face finder and classifier trained apart from those that training learns from.
-        other_judges: further ones, by name.
-        every_face: count each of several faces in an image, instead of the largest. What the figures call images are
-            then faces, and images without any; how far judges agree is not told.
+        attributes: Attributes, or products such as gender×race, to watch in addition to the aligned ones. A classifier
+            that does not read one leaves it out.
+        independent_judge: A face finder and classifier that training never uses.
+        other_judges: More of them, by name.
+        every_face: Count every face of an image instead of the largest one. Images in the figures are then faces, or
+            images without a face, and the agreement of classifiers is not measured.
 
     Attributes:
-        summaries: after an evaluation, a `BiasSummary` for each (judge, attribute, model).
-        agreement: after a test, for each (judge, other judge, attribute, model) the share of the images on which both
-            see a face that they read alike.
-        pairs: after a test of two models, for each (judge, attribute) how the images of each noise are read before and
-            after, as `PairMetric` counts them.
+        summaries: After an evaluation, a `BiasSummary` for each (classifier, attribute, model).
+        agreement: After a test, for each (classifier, other classifier, attribute, model) the share of equal classes
+            among the images in which both see a face.
+        pairs: After a test of two models, for each (classifier, attribute) the classes of the images of each noise by
+            the original and the EMA model, as `PairMetric` counts them.
     """
 
     def __init__(
@@ -51,8 +47,8 @@ class BiasMonitor(EvaluationCallback):
         other_judges: dict[str, Judge] | None = None,
         every_face: bool = False,
     ) -> None:
-        if odd := {TRAINING, INDEPENDENT} & (other_judges or {}).keys():
-            raise ValueError(f"`other_judges` must have names of their own, but got {odd.pop()!r}")
+        if taken := {TRAINING, INDEPENDENT} & (other_judges or {}).keys():
+            raise ValueError(f"`other_judges` must have names of their own, but got {taken.pop()!r}")
         self.attributes, self.every_face = attributes, every_face
         self.others = {INDEPENDENT: independent_judge} if independent_judge else {}
         self.others |= other_judges or {}
@@ -64,7 +60,7 @@ class BiasMonitor(EvaluationCallback):
         self.pairs: dict[tuple[str, str], Tensor] = {}
 
     def load(self) -> None:
-        """Load the judges that training does not learn from, once."""
+        """Load the classifiers that training does not use, once."""
         for judge in self.others.values():
             judge.load()
 
@@ -73,13 +69,13 @@ class BiasMonitor(EvaluationCallback):
         self.load()
 
     def judges(self, module: Evaluation) -> Iterator[tuple[str, Judge]]:
-        """The judges by name, the training judge first."""
+        """Yield the classifiers with their names, that of the training first."""
         yield TRAINING, module.judge
         for name, judge in self.others.items():
             yield name, judge.to(module.device)
 
     def read_by(self, judge: Judge, aligned: Attribute) -> list[str]:
-        """The watched attributes that a judge reads, the aligned ones first."""
+        """Return the watched attributes that a classifier reads, the aligned ones first."""
         watched = dict.fromkeys((aligned.label, *aligned.names, *self.attributes))
         return [name for name in watched if judge.reads(name)]
 
@@ -87,7 +83,7 @@ class BiasMonitor(EvaluationCallback):
     def start(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
         self.metrics, self.same, self.paired = {}, {}, {}
         loader = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
-        self.count = getattr(loader, "prompt_count", len(loader))  # a folder's prompts may come in several batches
+        self.count = getattr(loader, "prompt_count", len(loader))  # prompts of an image folder have several batches
 
     @override
     @torch.no_grad()
@@ -114,7 +110,7 @@ class BiasMonitor(EvaluationCallback):
             self.pair(module, batch.index, read["original"], read["ema"])
 
     def pair(self, module: Evaluation, index: int, before: Mapping[str, Verdict], after: Mapping[str, Verdict]) -> None:
-        """Count how each judge reads the images of one prompt before and after."""
+        """Count the classes of the images of one prompt by the original and the EMA model, for each classifier."""
         for name, judge in self.judges(module):
             for attribute in self.read_by(judge, module.attribute):
                 key = name, attribute
@@ -143,7 +139,7 @@ class BiasMonitor(EvaluationCallback):
                 refuse_unknown_names(prompt, judge)
 
     def metric(self, key: Watched, judge: Judge) -> FairnessMetric:
-        """The metric of a (judge, attribute, model), made on first use."""
+        """Return the metric of a (classifier, attribute, model), created on first use."""
         if key not in self.metrics:
             self.metrics[key] = FairnessMetric(judge.classes(key[1]), self.count)
         return self.metrics[key]
@@ -174,24 +170,24 @@ class BiasMonitor(EvaluationCallback):
 
 
 def refuse_unknown_names(prompt: Prompt, judge: Judge) -> None:
-    """Refuse a prompt that names a class which a judge that reads the attribute does not know.
+    """Refuse a prompt that names a class which a classifier that reads the attribute does not know.
 
     Raises:
-        ValueError: if it does.
+        ValueError: If it does.
     """
-    for attribute, kind in prompt.names:
-        if kind is not None and judge.reads(attribute) and kind not in judge.classes(attribute):
+    for attribute, named in prompt.names:
+        if named is not None and judge.reads(attribute) and named not in judge.classes(attribute):
             raise ValueError(
-                f"the prompt {prompt.text!r} names {attribute} {kind!r}, but a classifier knows only "
+                f"the prompt {prompt.text!r} names {attribute} {named!r}, but a classifier knows only "
                 f"{', '.join(judge.classes(attribute))}; take other prompts, or another name in their file"
             )
 
 
 def read_alike(attribute: str, judge: Judge, verdict: Verdict, other: Judge, another: Verdict) -> Tensor | None:
-    """Whether two judges read the same class, for the images on which both see a face.
+    """Return whether two classifiers predict the same class, for the images in which both see a face.
 
     Returns:
-        bool with shape (n,); None if one does not read the attribute, or has other classes.
+        A boolean tensor with shape (n,); None if one does not read the attribute, or has other classes.
     """
     if not (judge.reads(attribute) and other.reads(attribute)):
         return None

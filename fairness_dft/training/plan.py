@@ -1,12 +1,14 @@
-"""What a run will take, from a few measured steps: `python -m fairness_dft.fit --config ... --plan`.
+"""Estimate time and memory of a run from a few measured steps: `python -m fairness_dft.fit --config ... --plan`.
 
-A step costs more the first time that a prompt meets a set of noises, when the frozen model's images are sampled too. So
-steps of either kind are measured in turns, and every other number follows from counting.
+A step costs more when a prompt meets a set of noises for the first time, because the original images are sampled too
+(cold); later they are cached (warm). Cold and warm steps are measured in turns, and everything else is counted.
 """
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import override
 
+from fairness_dft.adapters.base import Name
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.datamodule import PromptModule
 from fairness_dft.training.module import FairFinetuning
@@ -38,16 +41,16 @@ SETTINGS = [
 
 
 class LastOriginal(Originals):
-    """Remembers what was met last, and lets a step have it if it is to be measured with its originals known."""
+    """Caches the last original only, and returns it to steps that are measured warm."""
 
     def __init__(self) -> None:
         super().__init__()
         self.last: Original | None = None
-        self.known_now = False
+        self.warm = False
 
     @override
     def get(self, batch: PromptBatch, steps: int, device: torch.device) -> Original | None:
-        return self.last if self.known_now else None
+        return self.last if self.warm else None
 
     @override
     def put(self, batch: PromptBatch, steps: int, original: Original) -> None:
@@ -56,15 +59,15 @@ class LastOriginal(Originals):
 
 @dataclass
 class Stopwatch(Callback):
-    """Times whole training steps, on one process; the first of either kind only warms up.
+    """Times whole training steps of one process; the first cold and the first warm one are not counted.
 
     Attributes:
-        cold: seconds of each step in which the frozen model's images were sampled too.
-        warm: seconds of each step that knew what it needs of them.
-        looks: seconds to sample and look at one image of a test or validation.
-        original_bytes: what is remembered of one image, in memory.
-        file_bytes: what its file would take on disk, in blocks of 4 KiB.
-        originals: what the steps find remembered.
+        cold: Seconds of each step that samples the original images too.
+        warm: Seconds of each step with cached originals.
+        looks: Seconds to sample and measure one image of a validation or test.
+        original_bytes: Bytes that the cache holds of one image, in memory.
+        file_bytes: Bytes of its file on disk, in blocks of 4 KiB.
+        originals: The cache that the steps use.
     """
 
     cold: list[float] = field(default_factory=list)
@@ -77,7 +80,7 @@ class Stopwatch(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: FairFinetuning, *args: Any) -> None:
-        self.originals.known_now = len(self.cold) > len(self.warm)
+        self.originals.warm = len(self.cold) > len(self.warm)
         pl_module.originals = self.originals  # a folder is neither read nor written
         finish(pl_module)
         self.started = time.perf_counter()
@@ -88,7 +91,7 @@ class Stopwatch(Callback):
     ) -> None:
         finish(pl_module)
         seconds = time.perf_counter() - self.started
-        if self.originals.known_now:
+        if self.originals.warm:
             self.warm.append(seconds)
             return
         self.cold.append(seconds)
@@ -103,7 +106,7 @@ class Stopwatch(Callback):
 
     @torch.no_grad()
     def look(self, module: FairFinetuning, batch: PromptBatch, noise: Tensor) -> None:
-        """Sample some images as a test does, and look at them as its monitors do."""
+        """Sample some images as a test does, and measure them as its monitors do."""
         sampler = module.evaluation_sampler
         images = module.generate("original", sampler, batch, noise, sampler.draw_steps(module.randomness()))
         module.judge(images)
@@ -112,13 +115,13 @@ class Stopwatch(Callback):
 
 
 def finish(module: LightningModule) -> None:
-    """Wait until a GPU has done what it was asked for."""
+    """Wait until a GPU has finished its work."""
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
 
 
 def timed(function: Callable[[], None], module: LightningModule) -> float:
-    """Seconds that a call took."""
+    """Return the seconds that a call takes."""
     finish(module)
     started = time.perf_counter()
     function()
@@ -128,16 +131,16 @@ def timed(function: Callable[[], None], module: LightningModule) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much a run has to do.
+    """The amount of work of a run.
 
     Attributes:
-        steps: optimizer steps.
-        batches: batches of training, over all steps.
-        images: N of each.
-        sets: how many prompts with how many sets of noise it meets, whose originals are sampled once; as many as
-            batches where noise does not recur.
-        validation: images of all validations together, of all models.
-        test: images of the test, of all models.
+        steps: Optimizer steps.
+        batches: Training batches, over all steps.
+        images: N, the images of each batch.
+        sets: Pairs of a prompt and a set of noises, whose originals are sampled once; as many as batches where noise is
+            not repeated.
+        validation: Images of all validations together, of all models.
+        test: Images of the test, of all models.
     """
 
     steps: int
@@ -149,13 +152,17 @@ class Plan:
 
 
 def plan(trainer: Trainer, data: PromptModule) -> Plan:
-    """Count what `trainer` will do with `data`, whose training prompts are set up.
+    """Count the work of a run.
+
+    Args:
+        trainer: The trainer of the run.
+        data: Its prompts; those of training are set up.
 
     Raises:
-        ValueError: if the run has no end, or an interval is 0.
+        ValueError: If the run has no end, or an interval is 0.
     """
     if not trainer.val_check_interval:
-        raise ValueError("--trainer.val_check_interval must be above 0; --trainer.limit_val_batches 0 validates never")
+        raise ValueError("--trainer.val_check_interval must be above 0; --trainer.limit_val_batches=0 never validates")
     loader, epochs = data.train_dataloader(), trainer.max_epochs or -1
     epoch = limited(len(loader), trainer.limit_train_batches)
     ends = [trainer.max_steps * trainer.accumulate_grad_batches] * (trainer.max_steps >= 0)
@@ -165,7 +172,7 @@ def plan(trainer: Trainer, data: PromptModule) -> Plan:
     batches = min(ends)
     sets = batches
     if data.noise_pool:
-        visits = batches / len(loader) * np.bincount(loader.slots)  # of each prompt, each with one of its sets
+        visits = batches / len(loader) * np.bincount(loader.slots)  # of each prompt, each with one set of noises
         expected = data.noise_pool * (1 - (1 - 1 / data.noise_pool) ** visits).sum()
         sets = min(batches, round(expected))
     every = trainer.val_check_interval
@@ -180,35 +187,50 @@ def plan(trainer: Trainer, data: PromptModule) -> Plan:
 
 
 def limited(batches: int, limit: int | float) -> int:
-    """How many of the batches Lightning takes: so many, or such a share."""
+    """Return how many batches Lightning takes where the limit is a number or a share of them."""
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def print_plan(trainer: Trainer, settings: dict[str, Any], module: FairFinetuning, data: PromptModule) -> None:
-    """Measure some steps, print what the whole run will take, and write nothing.
+    """Measure some steps, and print the estimate of the whole run; no file is written, and the module stays as it is.
 
     Args:
-        trainer: of the run.
-        settings: what it was made with, of which `SETTINGS` are used.
-        module: what is trained; loaded.
-        data: its prompts.
+        trainer: The trainer of the run.
+        settings: Its arguments, of which `SETTINGS` are used.
+        module: What is trained; loaded.
+        data: Its prompts.
 
     Raises:
-        ValueError: if the run has no end.
+        ValueError: If the run has no end.
     """
-    stopwatch, sampler = Stopwatch(), module.sampler
-    sampler.steps = sampler.steps_max = (sampler.steps + sampler.steps_max) // 2  # so that steps can be compared
+    todo, stopwatch = plan(trainer, data), Stopwatch()
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     settings = {name: settings[name] for name in SETTINGS}
     few = Trainer(**settings, **off, max_steps=2 * (MEASURED + 1), limit_val_batches=0, callbacks=[stopwatch])
-    few.fit(module, data)
-    todo = plan(trainer, data)
+    with unchanged(module):
+        sampler = module.sampler
+        sampler.steps = sampler.steps_max = (sampler.steps + sampler.steps_max) // 2  # so that steps can be compared
+        few.fit(module, data)
     if few.is_global_zero:
         show(todo, stopwatch, few)
 
 
+@contextmanager
+def unchanged(module: FairFinetuning) -> Iterator[None]:
+    """Within, a module may take steps; afterwards its adapter, its sampler and its originals are as before."""
+    adapters: dict[Name, dict[str, Tensor]] = {name: module.adapter.state_dict(name) for name in ("trained", "ema")}
+    sampler, originals = module.sampler, module.originals
+    module.sampler = copy(sampler)
+    try:
+        yield
+    finally:
+        module.sampler, module.originals = sampler, originals
+        for name, state in adapters.items():
+            module.adapter.load_state_dict(state, name)
+
+
 def show(todo: Plan, measured: Stopwatch, trainer: Trainer) -> None:
-    """Print the plan and what it will take."""
+    """Print the plan with its time and memory."""
     cold, warm, look = (sum(values[-MEASURED:]) / MEASURED for values in (measured.cold, measured.warm, measured.looks))
     training = todo.sets * cold + (todo.batches - todo.sets) * warm
     looks = look / trainer.world_size
@@ -217,19 +239,19 @@ def show(todo: Plan, measured: Stopwatch, trainer: Trainer) -> None:
         memory, where = torch.cuda.max_memory_allocated(), "on each GPU"
     else:
         memory, where = peak_memory(), "of this process"
-    table = Table("", "how much", "time", title=f"Plan, from {MEASURED} measured steps of either kind")
+    table = Table("", "how much", "time", title=f"Estimate from {MEASURED} cold and {MEASURED} warm steps")
     table.add_row("one step", f"{todo.images} images", duration(cold))
-    table.add_row("  where the frozen model's are remembered", "", duration(warm))
+    table.add_row("  with cached original images", "", duration(warm))
     table.add_row("training", f"{todo.steps} steps, {todo.batches * todo.images} images", duration(training))
-    table.add_row("  remembered of the frozen model", f"{todo.sets * todo.images} images, {size(kept)}", "")
-    table.add_row("    as files, where there is a folder for them", size(on_disk), "")
+    table.add_row("  cache of the original images", f"{todo.sets * todo.images} images, {size(kept)}", "")
+    table.add_row("    on disk, with --model.originals_folder", size(on_disk), "")
     table.add_row("validation", f"{todo.validation} images", duration(todo.validation * looks))
     table.add_row("test", f"{todo.test} images", duration(todo.test * looks))
     table.add_row("all", "", duration(training + (todo.validation + todo.test) * looks))
     if memory:
         table.add_row(f"memory {where}", size(memory), "")
     Console().print(table)
-    print("Nothing was written. Loading, pictures and the independent classifier's look are not counted.")
+    print("Nothing was written. Loading, image files and the independent classifier are not counted.")
 
 
 def peak_memory() -> int:
@@ -243,7 +265,7 @@ def peak_memory() -> int:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words that a person reads."""
+    """Format seconds for people."""
     if seconds < 100:
         return f"{seconds:.2f} s"
     minutes = round(seconds / 60)
@@ -251,5 +273,5 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in words that a person reads."""
+    """Format bytes for people."""
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

@@ -1,4 +1,4 @@
-"""What finetuning keeps: CLIP-T, CLIP-I, DINO, FID and KID (paper, section 5)."""
+"""What finetuning keeps of the images: CLIP-T, CLIP-I, DINO, FID and KID (paper, section 5)."""
 
 from collections.abc import Iterable, Sequence
 
@@ -21,21 +21,20 @@ from fairness_dft.training.evaluation_callback import EvaluationCallback
 
 
 class QualityMonitor(EvaluationCallback):
-    """How much of the image was kept: CLIP-T, similarity to the original image, and the subject.
+    """Measures what is kept of the image: CLIP-T, similarity to the original image, and the subject.
 
-    CLIP-T is the cosine of image and prompt; the module's feature networks give the cosine of each image with the
-    original model's from the same noise (CLIP-I, DINO), and in a test the distances between the two models' pictures as
-    sets (`Fidelity`). Where a judge also reads the subject of the prompt, such as
-    the occupation, the share of images in which it reads the same as in the original is reported, of all images: one
-    that lost its face counts by what is read in it all the same.
+    CLIP-T is the cosine of image and prompt. The feature networks of the module give the cosine of each image with the
+    original image from the same noise (CLIP-I, DINO), and in a test the distance between the two sets of images
+    (`Fidelity`). A classifier that reads the subject of the prompt, such as the occupation, gives the share of images
+    in which it reads the same subject as in the original image, among all images, with or without a face.
 
     Args:
-        judge: a judge that training never saw, with a head for the subject; none skips the last measure.
-        subject: name of that head.
-        inception: weights of `fidelity.Inception`, for the distances of published figures too; none leaves them out.
+        judge: A classifier that training never uses, with a head for the subject; None skips that measure.
+        subject: Name of that head.
+        inception: Weights of `fidelity.Inception`, for FID and KID as papers report them; None skips these measures.
 
     Attributes:
-        values: after an evaluation, the mean of each measure by (measure, model).
+        values: After an evaluation, the mean of each measure by (measure, model).
     """
 
     def __init__(self, judge: Judge | None = None, subject: str = "subject", inception: str | None = None) -> None:
@@ -47,10 +46,10 @@ class QualityMonitor(EvaluationCallback):
         self.values: dict[tuple[str, str], float] = {}
 
     def load(self) -> None:
-        """Load the judge, once.
+        """Load the classifier and Inception, once.
 
         Raises:
-            ValueError: if it does not read the subject, or Inception cannot be loaded.
+            ValueError: If the classifier does not read the subject, or a network cannot be loaded.
         """
         if self.judge is not None:
             self.judge.load()
@@ -98,12 +97,12 @@ class QualityMonitor(EvaluationCallback):
     def moved(
         self, module: Evaluation, key: tuple[str, str], before: Tensor, after: Tensor, scale: float | None = None
     ) -> None:
-        """Add embeddings to the distances of a (network, model), made on first use."""
+        """Add embeddings to the distances of a (network, model), which are created on first use."""
         distances = self.sets.setdefault(key, Fidelity(before.shape[1], scale)).to(module.device)
         distances.update(before, after)
 
     def update(self, module: Evaluation, key: tuple[str, str], values: Tensor) -> None:
-        """Add values to the mean of a (measure, model), made on first use."""
+        """Add values to the mean of a (measure, model), which is created on first use."""
         metric = self.metrics.setdefault(key, MeanMetric(nan_strategy="ignore")).to(module.device)
         metric.update(values)
 
@@ -119,7 +118,7 @@ class QualityMonitor(EvaluationCallback):
 
 
 def by_name(networks: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    """Networks by the name of their class; the second of a class is `clip_2`."""
+    """Return networks by the name of their class; the second of a class is `clip_2`."""
     named: dict[str, nn.Module] = {}
     for network in networks:
         name = type(network).__name__.lower()
@@ -137,12 +136,12 @@ def results_of_test(module: Evaluation, prompts: Sequence[Prompt], run: RunFacts
     """Return the results of the test that just ran.
 
     Args:
-        module: what was tested, by a trainer with both monitors.
-        prompts: of the test, in their order.
+        module: What was tested, by a trainer with both monitors.
+        prompts: The prompts of the test, in their order.
         run: Facts of the run.
     """
-    found = {type(callback): callback for callback in module.trainer.callbacks}
-    bias, quality = found[BiasMonitor], found[QualityMonitor]
+    monitors = {type(callback): callback for callback in module.trainer.callbacks}
+    bias, quality = monitors[BiasMonitor], monitors[QualityMonitor]
     measured = Measured(bias.summaries, quality.values, bias.agreement, bias.pairs)
     own = module.targets.own_shares(prompts)
     return build_results(module.attribute.names, module.targets.shares(), prompts, measured, run, own)

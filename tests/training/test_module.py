@@ -476,6 +476,19 @@ def test_two_fits_with_the_same_seed_agree(tmp_path):
         torch.testing.assert_close(states[1][key], value, rtol=0, atol=0)
 
 
+def test_validations_do_not_change_what_is_trained(tmp_path):
+    states, drawn = [], []
+    for batches in (0, 1):
+        module = finetuning()
+        compare = module.compare
+        module.compare = lambda batch, names, compare=compare: drawn.append(names) or compare(batch, names)
+        trainer(tmp_path, limit_val_batches=batches, val_check_interval=1).fit(module, prompts())
+        states.append(module.state_dict())
+    assert drawn == [("original", "trained", "ema")] * 2  # one after each of two steps
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=0, atol=0)
+
+
 def test_evaluation_builds_no_graph(module):
     images = module.compare(first_batch(), ("original", "trained", "ema"))
     assert not any(pictures.requires_grad for pictures in images.values())

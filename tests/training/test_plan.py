@@ -6,15 +6,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from command_line import refused, small
 from lightning import Trainer
+from miniature import finetuning
 
 from fairness_dft import evaluate
 from fairness_dft.fit import main
 from fairness_dft.prompts.datamodule import MixedPrompts
 from fairness_dft.sampling.sampler import Sampler
 from fairness_dft.training.fairness_loss import FairnessLoss
-from fairness_dft.training.plan import MEASURED, Plan, Stopwatch, duration, plan, show, size
+from fairness_dft.training.plan import MEASURED, Plan, Stopwatch, duration, plan, show, size, unchanged
 
 
 def trainer(**settings) -> SimpleNamespace:
@@ -88,13 +90,13 @@ def test_a_run_without_an_end_has_no_plan() -> None:
 
 
 def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, capsys) -> None:
-    main(small(tmp_path / "runs", "--plan", "--trainer.max_steps=20", "--trainer.val_check_interval=10"))
+    main(small(tmp_path / "runs", "--plan", "--trainer.max_steps=4", "--trainer.val_check_interval=2"))
     printed = capsys.readouterr().out
-    for line in ("20 steps, 80 images", "validation *│ *12 images", "test *│ *16 images", "memory of this process"):
+    for line in ("4 steps, 16 images", "validation *│ *12 images", "test *│ *16 images", "memory of this process"):
         assert re.search(line, printed), printed
     seconds = [float(found) for found in re.findall(r"(\d+\.\d\d) s", printed)]
     step, warm, training, validation, test, everything = seconds
-    assert warm > 0 and training == pytest.approx(20 * step, abs=20 * 0.01)  # noise does not recur
+    assert warm > 0 and training == pytest.approx(4 * step, abs=4 * 0.01)  # noise does not recur
     assert everything == pytest.approx(training + validation + test, abs=0.03)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -110,7 +112,7 @@ def test_what_is_remembered_already_is_neither_read_nor_written(tmp_path, capsys
     main(small(tmp_path / "runs", *more))
     assert len(looked) == MEASURED + 1  # in every other step
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["one.txt"]
-    assert re.search(r"as files, where .* 0\.0 MiB", capsys.readouterr().out)
+    assert re.search(r"on disk, with .* 0\.0 MiB", capsys.readouterr().out)
 
 
 def test_a_step_takes_less_where_its_originals_are_remembered(capsys) -> None:
@@ -127,6 +129,21 @@ def test_all_measured_steps_have_as_many_sampling_steps(monkeypatch, tmp_path) -
     monkeypatch.setattr(Sampler, "draw_steps", lambda *given: drawn.append(draw(*given)) or drawn[-1])
     main(small(tmp_path, "--plan", "--trainer.max_steps=20", "--model.sampler.steps=2", "--model.sampler.steps_max=5"))
     assert sorted(drawn) == [2] * (MEASURED + 1) + [3] * 2 * (MEASURED + 1)  # 2 where a test's image is timed
+
+
+def test_a_plan_leaves_the_module_as_it_is() -> None:
+    module = finetuning()
+    module.configure_model()
+    before, sampler, originals = module.state_dict(), module.sampler, module.originals
+    with pytest.raises(KeyError), unchanged(module):
+        module.sampler.steps = 9
+        module.originals = None
+        module.adapter.load_state_dict(
+            {key: value + 1 for key, value in module.adapter.state_dict("ema").items()}, "ema"
+        )
+        raise KeyError
+    assert module.sampler is sampler and sampler.steps == 3 and module.originals is originals
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
 def test_only_a_fit_has_a_plan(tmp_path, capsys) -> None:
