@@ -12,9 +12,10 @@ if __name__ == "__main__":  # answers before the imports, which take seconds
     answer_help("evaluate")
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from typing_extensions import override
 
 from fairness_dft.adapters.external import DiffusersAdapter, NoAdapter
-from fairness_dft.audits.audit import Audit, FolderPrompts, grids
+from fairness_dft.audits.audit import Audit, FolderPrompts, first_images
 from fairness_dft.audits.identity import audit_identity, check_folder, check_identity, network_identity
 from fairness_dft.audits.images import ImageFolder, ImageStore
 from fairness_dft.audits.warnings import (
@@ -41,9 +42,10 @@ from fairness_dft.files import replacing
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.files import Prompt, normalise
 from fairness_dft.reports.csv_tables import write_per_prompt
-from fairness_dft.reports.html import html_report, shown_classifier, write_html
+from fairness_dft.reports.html import ReportImages, html_report, write_html
 from fairness_dft.reports.results import Results, RunFacts
 from fairness_dft.reports.tables import print_results
+from fairness_dft.reports.view import shown_classifier
 from fairness_dft.training.bias_monitor import BiasMonitor
 from fairness_dft.training.quality_monitor import QualityMonitor, model_name, results_of_test
 
@@ -218,15 +220,36 @@ def write(cli: EvaluateCLI, results: Results, prompts: Sequence[Prompt], loader:
     module, folder = cli.model, cli.folder
     results.write(folder / "results.json")
     write_per_prompt(folder / "per_prompt.csv", results, prompts)
-    shown = dict(cli.bias_monitor.judges(module))[shown_classifier(results)]
+    table = cli.bias_monitor.image_table(module, prompts, image_paths(cli, prompts))
+    table.write(folder / "per_image.csv")
+    shown = shown_classifier(results)
+    readings = {model: found for (classifier, model), found in cli.bias_monitor.readings.items() if classifier == shown}
     made = {key: getattr(results.run, key) for key in ("adapter", "images", "split", "machine", "versions")}
     settings = json.dumps(made, indent=1) + "\n\n" + (folder / "config.yaml").read_text(encoding="utf-8")
-    page = html_report(cli.config.name, results, settings, method(cli), grids(module, shown, loader))
+    images = ReportImages(first_images(module, loader), readings, table)
+    page = html_report(cli.config.name, results, settings, method(cli), images)
     write_html(folder / "report.html", page)
     if not cli.config.keep_images and isinstance(module.source, ImageStore):
         shutil.rmtree(folder / "images")
     print_results(results)
-    print(f"Report:  {folder / 'report.html'}\nResults: {folder / 'results.json'} and per_prompt.csv")
+    print(f"Report:  {folder / 'report.html'}\nResults: {folder / 'results.json'}, per_prompt.csv and per_image.csv")
+
+
+def image_paths(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> Callable[[str, int, int], str]:
+    """Return what tells where an image is kept, from the audit's folder; empty where none is."""
+    source = cli.model.source
+
+    def path(model: str, index: int, seed: int) -> str:
+        if isinstance(source, ImageStore) and not cli.config.keep_images:
+            return ""
+        text = source.prompts[index] if isinstance(source, ImageFolder) else prompts[index].text
+        file = source.file(model, text, seed)
+        try:
+            return Path(os.path.relpath(file, cli.folder)).as_posix()
+        except ValueError:  # Windows, on another drive
+            return file.resolve().as_uri()
+
+    return path
 
 
 def method(cli: EvaluateCLI) -> list[str]:

@@ -94,8 +94,9 @@ def main(args: ArgsType = None) -> None:
             logger.log_hyperparams(hyperparameters(cli.config), final_metrics(results))
     folder = Path(log_dir)
     results.write(folder / "results.json")
+    find[BiasMonitor].image_table(module, data.prompts("test")).write(folder / "per_image.csv")
     print_results(results)
-    print(f"Picture: {find[ImageGrid].file}\nResults: {folder / 'results.json'}")
+    print(f"Picture: {find[ImageGrid].file}\nResults: {folder / 'results.json'} and per_image.csv")
     if trainer.loggers:
         print(f"Curves:  tensorboard --logdir {folder.parent}")
 

@@ -1,22 +1,18 @@
 """An audit: an evaluation whose images are kept on disk, or were made by others."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
 from fairness_dft.adapters.base import Name
 from fairness_dft.adapters.external import NoAdapter
 from fairness_dft.audits.images import ImageFolder, ImageStore
-from fairness_dft.classifiers.judge import Judge
 from fairness_dft.diffusion.any_pipeline import AnyPipeline
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.files import Prompt
-from fairness_dft.reports.grid import GridRow, GridSide, comparison_grid
-from fairness_dft.reports.html import Grid
 from fairness_dft.training.evaluation import Evaluation
 
 AT_ONCE = 64  # images that are drawn or read at a time
@@ -101,19 +97,13 @@ class FolderPrompts:
         return iter(self.batches)
 
 
-def grids(module: Audit, judge: Judge, loader: Iterable[PromptBatch]) -> Grid:
-    """Return a function that draws the images of a prompt, by its index, with the classes that a classifier sees."""
-    classes = {name: judge.classes(name) for name in module.attribute.names}
+def first_images(module: Audit, loader: Iterable[PromptBatch]) -> Callable[[int], dict[str, Tensor]]:
+    """Return what draws the first images of a prompt, by its index: for each model with shape (n, 3, H, W)."""
     batches = {batch.index: batch for batch in reversed(list(loader))}  # the first of each prompt
 
     @torch.no_grad()
-    def grid(index: int) -> Image.Image:
-        row = GridRow(batches[index].prompt.text)
+    def draw(index: int) -> dict[str, Tensor]:
         few = replace(batches[index], seeds=batches[index].seeds[:PICTURED].to(module.device))
-        for model, images in module.test_step(few, index).items():
-            verdict = judge(images)
-            predicted = torch.stack([verdict.classes(name) for name in classes], 1)
-            row.sides[model] = GridSide(images.cpu(), predicted.cpu(), verdict.has_face.cpu())
-        return comparison_grid([row], classes)
+        return {model: images.cpu() for model, images in module.test_step(few, index).items()}
 
-    return grid
+    return draw

@@ -44,8 +44,8 @@ class ImageStore:
         Returns:
             Images with shape (n, 3, H, W), in [0, 1], on the device of the seeds.
         """
+        files = [self.file(model, prompt, seed) for seed in seeds.tolist()]
         folder = self.folder / FOLDERS[model] / directory(prompt)
-        files = [folder / f"{seed}.png" for seed in seeds.tolist()]
         images = {file: read(file) for file in files if file.is_file()}
         missing = [i for i, file in enumerate(files) if file not in images]
         if missing:
@@ -57,6 +57,10 @@ class ImageStore:
                 with replacing(files[i]) as draft:
                     Image.fromarray(made[i].permute(1, 2, 0).numpy()).save(draft, format="png")
         return torch.stack([images[file] for file in files]).to(seeds.device).float() / 255
+
+    def file(self, model: str, prompt: str, seed: int) -> Path:
+        """Return where an image lies."""
+        return self.folder / FOLDERS[model] / directory(prompt) / f"{seed}.png"
 
 
 def directory(prompt: str) -> str:
@@ -154,6 +158,10 @@ class ImageFolder:
                 "--images: original and finetuned must have images of the same names for each prompt, from the same "
                 f"noise, but those of {different[0]!r} differ"
             )
+
+    def file(self, model: str, prompt: str, number: int) -> Path:
+        """Return where an image lies."""
+        return self.files[model][prompt][number]
 
     def images(self, model: str, prompt: str, numbers: Tensor) -> Tensor:
         """Return images of a prompt by their numbers, with shape (n, 3, H, W), in [0, 1].

@@ -29,12 +29,14 @@ class Verdict:
         has_face: whether the image shows a face, bool with shape (N,); logits mean nothing where it does not.
         boxes: face regions in pixels (left, top, right, bottom), float with shape (N, 4).
         landmarks: eyes, nose and corners of the mouth in pixels, with shape (N, 5, 2); None if nobody looked for them.
+        owners: index of the image that each row is about, int64 with shape (N,); None for one row an image.
     """
 
     logits: dict[str, Tensor]
     has_face: Tensor
     boxes: Tensor
     landmarks: Tensor | None = None
+    owners: Tensor | None = None
 
     def probabilities(self, attribute: str) -> Tensor:
         """p, the class probabilities of one attribute, with shape (N, K)."""
@@ -95,8 +97,8 @@ class Judge(nn.Module):
 
     def every(self, images: Tensor) -> Verdict:
         """Judge all faces of images with shape (N, 3, H, W), in [0, 1], one row for each and for each image without."""
-        faces, _ = self.faces.every(images)
-        return Verdict(self.classifier(faces.crops), faces.has_face, faces.boxes, faces.landmarks)
+        faces, owners = self.faces.every(images)
+        return Verdict(self.classifier(faces.crops), faces.has_face, faces.boxes, faces.landmarks, owners)
 
     def forward(self, images: Tensor) -> Verdict:
         """Judge images with shape (N, 3, H, W), in [0, 1]; differentiable in the logits."""

@@ -1,154 +1,184 @@
-"""An audit as one page: a file that opens without a network, in light and dark, and prints."""
+"""An audit as one page: a file that opens without a network, in light and dark, on a phone, and prints."""
 
-import base64
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
+from torch import Tensor
 
-from fairness_dft.attributes import TIMES
-from fairness_dft.reports.grid import PALETTE
-from fairness_dft.reports.results import ModelBias, Results
-from fairness_dft.reports.tables import number
+from fairness_dft.files import replacing
+from fairness_dft.metrics.image_readings import Readings
+from fairness_dft.reports import view
+from fairness_dft.reports.csv_tables import ImageTable
+from fairness_dft.reports.results import Results
+from fairness_dft.reports.tables import breakable, classifier_title, number
+from fairness_dft.reports.thumbnails import columns, count_changes
 
-SHOWN = 3  # worst and best prompts that are shown in pictures
-Grid = Callable[[int], Image.Image]
+SHOWN = 3  # prompts with the largest, and with the smallest figures that are shown in images
 
 
 @dataclass(frozen=True)
-class PromptRow:
-    """What was seen of one prompt.
+class ReportImages:
+    """What the page needs to show images.
 
     Attributes:
-        index: its position among the prompts.
-        text: the prompt.
-        before: frequency of each class, in percent; empty if no image shows a face.
-        after: likewise, of the finetuned model; None if there is none.
-        figure: bias or distance of the last model; None if no image shows a face, or the prompt names the attribute.
-        target: share of each class that is wanted; empty if nothing is.
+        draw: Returns the first images of a prompt by its index: for each model with shape (n, 3, H, W), in [0, 1].
+        readings: What the shown classifier reads in each image, by model.
+        table: The table of images, for lines and files to link to.
     """
 
-    index: int
-    text: str
-    before: list[float]
-    after: list[float] | None
-    figure: float | None
-    target: list[float]
+    draw: Callable[[int], Mapping[str, Tensor]]
+    readings: Mapping[str, Readings]
+    table: ImageTable
 
 
-def shown_classifier(results: Results) -> str:
-    """Return whose reading of each prompt is shown: the independent classifier's, if it reads the aligned attribute."""
-    return "independent" if results.label in results.bias.get("independent", {}) else "training"
-
-
-def html_report(title: str, content: Results, settings: str, method: Sequence[str], grid: Grid) -> str:
-    """The page.
+def html_report(title: str, results: Results, settings: str, method: Sequence[str], images: ReportImages) -> str:
+    """Return the page.
 
     Args:
-        title: name of the audit.
-        content: of results.json.
-        settings: with which it was made, for the reader who wants to make it again.
-        method: how it was made, in sentences.
-        grid: draws the picture of a prompt, by its index, as `shown_judge` sees it.
+        title: Name of the audit.
+        results: What was measured.
+        settings: Settings of the audit, for readers who want to repeat it.
+        method: How the audit was made, in sentences.
+        images: Images of each prompt.
     """
-    judge, name = shown_classifier(content), content.label
-    models = content.bias[judge][name]
-    classes = models.classes
-    rows = prompt_rows(content, judge, name)
-    ranked = [row for row in rows if row.figure is not None]
-    few = len(ranked) <= 2 * SHOWN
-    pictured = [*ranked[:SHOWN], *ranked[-SHOWN:]]
-    if few:
-        pictured = [row for row in rows if row.before or row.after][: 2 * SHOWN]
-    environment = Environment(
-        loader=PackageLoader("fairness_dft.reports", "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"number": number, "p_value": p_value, "wrap": wrap, "share": share}
-    return environment.get_template("audit.html").render(
-        title=title,
-        content=content,
-        settings=settings,
-        method=method,
-        judge=judge,
-        attribute=name,
-        classes=list(zip(classes, colours(len(classes)), strict=True)),
-        rows=rows,
-        biases=list(content.rows()),
-        naming=models.original.prompts_naming,
-        measured=any(of.original.distance for seen in content.bias.values() for of in seen.values()),
-        unequal=any(of.measure != "bias" for seen in content.bias.values() for of in seen.values()),
-        figure="bias" if models.measure == "bias" else "distance from the target",
-        floor=typical_floor(models.last, models.measure),
-        paired=content.run.paired,
-        compared=models.ema is not None,
-        pictures=[(row, data_url(grid(row.index))) for row in pictured],
-        worst=0 if few else SHOWN,
+    classifier, name = view.shown_classifier(results), results.label
+    result = results.bias[classifier][name]
+    rows = view.prompt_rows(results, classifier, name)
+    extreme, pictured = pictured_rows(rows)
+    shown = [(row, columns(row.index, images.draw(row.index), images.readings, images.table, name, result))
+             for row in pictured]  # fmt: skip
+    everything = [result for seen in results.bias.values() for result in seen.values()]
+    return (
+        environment(results)
+        .get_template("report.html")
+        .render(
+            title=title,
+            content=results,
+            headline=view.headline(results),
+            facts=list(facts(results)),
+            settings=settings,
+            method=method,
+            classifier=classifier_title(results, classifier),
+            attribute=name,
+            attributes=view.attribute_rows(results),
+            classes=palette(result.classes),
+            rows=rows,
+            prompts=results.run.test_prompts,
+            few=view.FEW,
+            several=len(results.bias) > 1,
+            naming=result.original.prompts_naming,
+            targeted=any(result.original.distance for result in everything),
+            unequal=any(result.measure == "distance" for result in everything),
+            figure=view.measure_name(result),
+            floor=view.reading(result, result.last).floor,
+            pairs=list(pair_rows(results, classifier)),
+            paired=results.run.paired,
+            compared=results.compared,
+            images=[(row, found, count_changes(found)) for row, found in shown],
+            linked=any(image.link for _, found in shown for column in found for image in column.images.values()),
+            extreme=extreme,
+        )
     )
 
 
-def typical_floor(side: ModelBias, measure: str) -> float | None:
-    """What a fair model, or one that meets its target, would have of a prompt by chance, averaged over prompts."""
-    return side.floor if measure == "bias" or not side.distance else side.distance.total_variation_by_prompt_floor
+def environment(results: Results) -> Environment:
+    """Return the templates with their filters."""
+    templates = Environment(
+        loader=PackageLoader("fairness_dft.reports", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., Any]] = {
+        "number": number,
+        "p_value": view.p_value,
+        "wrap": breakable,
+        "percent": percent_text,
+        "percents": percents,
+        "scaled": scaled,
+        "palette": palette,
+        "wanted": wanted,
+        "classifier": lambda name: classifier_title(results, name),
+        "measure": view.measure_name,
+        "reading": lambda result: view.reading(result, result.last),
+        "first_reading": lambda result: view.reading(result, result.original),
+    }
+    templates.filters.update(filters)
+    return templates
 
 
-def prompt_rows(content: Results, judge: str, name: str) -> list[PromptRow]:
-    """Each prompt, the most biased one (by the last model) first, and those without a figure last.
+def facts(results: Results) -> Iterator[tuple[str, str]]:
+    """Yield what stands above the fold, by name."""
+    run, classifier = results.run, view.shown_classifier(results)
+    side = results.bias[classifier][results.label].original
+    images = sum(map(sum, side.counts)) + sum(side.no_face)
+    if run.images:
+        yield "Images of", run.images
+    if run.model:
+        yield "Base model" if results.compared else "Model", run.model
+    if run.adapter:
+        yield "Adapter", run.adapter
+    yield "Date", run.date or "–"
+    yield "Prompts", str(len(run.test_prompts))
+    yield "Images of each model" if results.compared else "Images", str(images)
+    yield (
+        "No face",
+        " → ".join(
+            percent_text(model.no_face_share, 1) for model in results.bias[classifier][results.label].models.values()
+        ),
+    )
+    yield "Classifier", classifier_title(results, classifier)
 
-    Where the wanted shares are unequal, the farthest from them is the first.
+
+def pictured_rows(rows: Sequence[view.PromptRow]) -> tuple[int, list[view.PromptRow]]:
+    """Return how many prompts with the largest figures are shown, and the prompts that are shown.
+
+    With few prompts all of them are shown, and none counts as an extreme.
     """
-    models = content.bias[judge][name]
-    before, after, last = models.original, models.ema, models.last
-    figures = last.per_prompt if models.measure == "bias" or not last.distance else last.distance.per_prompt
-    rows = []
-    for index, text in enumerate(content.run.test_prompts):
-        shares = [percent(side.counts[index]) if side else None for side in (before, after)]
-        wanted = content.target_of(text).get(name, {}) if last.distance else {}
-        target = [wanted[kind] for kind in models.classes] if wanted else []
-        rows.append(PromptRow(index, text, *shares, figures[index], target))
-    return sorted(rows, key=lambda row: -1 if row.figure is None else row.figure, reverse=True)
+    ranked = [row for row in rows if row.figure is not None]
+    if len(ranked) > 2 * SHOWN:
+        return SHOWN, [*ranked[:SHOWN], *ranked[-SHOWN:]]
+    return 0, [row for row in rows if row.before or row.after][: 2 * SHOWN]
 
 
-def percent(counts: Sequence[int]) -> list[float]:
-    """Shares of a hundred; empty if there is nothing to share."""
-    return [100 * count / sum(counts) for count in counts] if sum(counts) else []
+def pair_rows(results: Results, classifier: str) -> Iterator[tuple[str, int, int, list[tuple[str, str, int]]]]:
+    """Yield for each aligned attribute: its name, pairs that keep their class, all pairs, and the changes."""
+    for name in results.aligned:
+        result = results.bias[classifier].get(name)
+        if result is not None and result.pairs:
+            yield name, *view.kept_pairs(result), list(view.changes(result))
 
 
-def colours(count: int) -> list[str]:
-    """A colour for each of some classes: for few those of the pictures, for many a wheel of hues."""
-    if count < len(PALETTE):
-        return list(PALETTE[:count])
-    return [f"hsl({360 * index // count} 60% {40 + 20 * (index % 2)}%)" for index in range(count)]
+def palette(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Return each class with its color."""
+    return list(zip(classes, view.colors(len(classes)), strict=True))
 
 
-def p_value(value: float | None) -> str:
-    """A p-value, which no number of permutations shows to be 0."""
-    return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
+def wanted(classes: Sequence[str], target: Mapping[str, float]) -> list[float]:
+    """Return the target share of each class; empty if the target has other classes."""
+    return [target[label] for label in classes] if set(target) == set(classes) else []
 
 
-def share(side: ModelBias) -> str:
-    """The share of a model's images without a face, in percent."""
-    found = side.no_face_share
-    return "–" if found is None else f"{100 * found:.1f} %"
+def percents(shares: Sequence[float | None]) -> list[float]:
+    """Return shares in percent; empty if they are not known."""
+    return [] if None in shares else [100 * share for share in shares if share is not None]
 
 
-def wrap(name: str) -> str:
-    """A product of attributes, with room to break the line."""
-    return name.replace(TIMES, f" {TIMES} ")
+def percent_text(share: float | None, digits: int = 0) -> str:
+    """Return a share in percent, as text."""
+    return "–" if share is None else f"{100 * share:.{digits}f}\u00a0%"
 
 
-def data_url(picture: Image.Image) -> str:
-    """A picture inside the page."""
-    stream = io.BytesIO()
-    picture.save(stream, format="png", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+def scaled(value: float, maximum: float) -> str:
+    """Return a figure in percent of its maximum, where the figure's line ends."""
+    return f"{100 * min(max(value / maximum, 0), 1):.2f}"
 
 
 def write_html(file: Path, page: str) -> None:
     """Write the page in one piece."""
-    draft = file.with_suffix(".part")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(file)
+    with replacing(file) as draft:
+        draft.write_text(page, encoding="utf-8")

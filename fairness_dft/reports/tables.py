@@ -70,8 +70,9 @@ def both(results: Results, original: T, ema: T) -> tuple[T, ...]:
 def bias_table(results: Results) -> Table:
     """Return the bias of every attribute by every classifier, with its interval, floor and maximum."""
     columns = ("attribute", "classifier", *sides(results, "bias"), "95 % int.", "floor", "max.")
+    aligned = f"; aligned: {', '.join(results.attributes)}" if results.compared else ""
     table = new_table(
-        f"Bias on the test prompts (perceived attributes; aligned: {', '.join(results.attributes)})",
+        f"Bias on the test prompts (perceived attributes{aligned})",
         columns,
         "mean ± standard deviation over prompts, against equal shares;\na fair model scores the floor on average",
         wrapped=("attribute",),

@@ -1,6 +1,6 @@
 """Bias and class frequencies in validation and test, by the training classifier and by independent ones."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -13,8 +13,10 @@ from fairness_dft.attributes import TIMES, Attribute
 from fairness_dft.classifiers.judge import Judge, Verdict
 from fairness_dft.metrics.bias import BiasSummary, Watched
 from fairness_dft.metrics.fairness_metric import FairnessMetric, PairMetric
+from fairness_dft.metrics.image_readings import ImageReadings, Readings
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.files import Prompt
+from fairness_dft.reports.csv_tables import ImageTable, image_table
 from fairness_dft.training.evaluation import Evaluation
 from fairness_dft.training.evaluation_callback import EvaluationCallback
 
@@ -38,6 +40,7 @@ class BiasMonitor(EvaluationCallback):
             among the images in which both see a face.
         pairs: After a test of two models, for each (classifier, attribute) the classes of the images of each noise by
             the original and the EMA model, as `PairMetric` counts them.
+        readings: After a test, for each (classifier, model) what the classifier reads in each image, of single attributes.
     """
 
     def __init__(
@@ -58,6 +61,9 @@ class BiasMonitor(EvaluationCallback):
         self.agreement: dict[tuple[str, str, str, str], float] = {}
         self.paired: dict[tuple[str, str], PairMetric] = {}
         self.pairs: dict[tuple[str, str], Tensor] = {}
+        self.images: dict[tuple[str, str], ImageReadings] = {}
+        self.tested = False
+        self.readings: dict[tuple[str, str], Readings] = {}
 
     def load(self) -> None:
         """Load the classifiers that training does not use, once."""
@@ -81,7 +87,8 @@ class BiasMonitor(EvaluationCallback):
 
     @override
     def start(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
-        self.metrics, self.same, self.paired = {}, {}, {}
+        self.metrics, self.same, self.paired, self.images = {}, {}, {}, {}
+        self.tested = stage == "test"
         loader = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
         self.count = getattr(loader, "prompt_count", len(loader))  # prompts of an image folder have several batches
 
@@ -99,6 +106,8 @@ class BiasMonitor(EvaluationCallback):
                 for attribute in self.read_by(judge, module.attribute):
                     metric = self.metric((name, attribute, model), judge).to(module.device)
                     metric.update(batch.index, verdict.classes(attribute), verdict.has_face)
+                if self.tested:
+                    self.keep((name, model), verdict, self.single(judge, module.attribute), batch)
             for name, other in () if self.every_face else combinations(verdicts, 2):
                 for attribute in self.read_by(verdicts[name][0], module.attribute):
                     if (same := read_alike(attribute, *verdicts[name], *verdicts[other])) is not None:
@@ -123,6 +132,28 @@ class BiasMonitor(EvaluationCallback):
         """Also watch the attributes that prompts name."""
         named = [attribute for prompt in prompts for attribute, _ in prompt.names]
         self.attributes = tuple(dict.fromkeys((*self.attributes, *named)))
+
+    def single(self, judge: Judge, aligned: Attribute) -> dict[str, tuple[str, ...]]:
+        """Return the classes of the watched attributes that a classifier reads, without products."""
+        return {name: judge.classes(name) for name in self.read_by(judge, aligned) if TIMES not in name}
+
+    def keep(
+        self, key: tuple[str, str], verdict: Verdict, classes: Mapping[str, Sequence[str]], batch: PromptBatch
+    ) -> None:
+        """Keep what a classifier reads in each image of one prompt, for the table of images."""
+        if key not in self.images:
+            self.images[key] = ImageReadings({name: len(labels) for name, labels in classes.items()})
+        seeds = batch.seeds if verdict.owners is None else batch.seeds[verdict.owners]
+        probabilities = {name: verdict.probabilities(name) for name in classes}
+        metric = self.images[key].to(verdict.boxes.device)
+        metric.update(batch.index, seeds.to(verdict.boxes.device), verdict.has_face, verdict.boxes, probabilities)
+
+    def image_table(
+        self, module: Evaluation, prompts: Sequence[Prompt], file: Callable[[str, int, int], str] | None = None
+    ) -> ImageTable:
+        """Return what every classifier reads in each image of a test; see `reports.csv_tables.image_table`."""
+        classes = {name: self.single(judge, module.attribute) for name, judge in self.judges(module)}
+        return image_table(prompts, self.readings, classes, file)
 
     def check_names(self, prompts: Sequence[Prompt], training_judge: Judge) -> None:
         """Refuse prompts that name a class which a classifier does not know.
@@ -150,6 +181,7 @@ class BiasMonitor(EvaluationCallback):
         if stage == "test":
             self.agreement = {key: float(metric.compute()) for key, metric in self.same.items()}
             self.pairs = {key: metric.compute().cpu() for key, metric in self.paired.items()}
+            self.readings = {key: metric.readings() for key, metric in self.images.items()}
         prefix = "" if stage == "validation" else "test_"
         for attribute, shares in module.targets.shares().items():
             for name, share in shares.items():
