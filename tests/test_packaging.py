@@ -27,7 +27,7 @@ def shipped_files(root: Path) -> set[str]:
 def test_the_package_carries_prompts_experiments_and_the_miniature(built: Path) -> None:
     package = built / "lib" / "fairness_dft"
     assert shipped_files(package) == shipped_files(ROOT)
-    assert (package / "reports" / "templates" / "audit.html").is_file() and (package / "py.typed").is_file()
+    assert (package / "reports" / "templates" / "report.html").is_file() and (package / "py.typed").is_file()
     assert {file.name for file in (built / "lib").iterdir()} == {"fairness_dft"}
 
 
