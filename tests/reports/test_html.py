@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -365,14 +366,17 @@ def test_browser_shows_all_of_it_without_complaint(look: str, tmp_path: Path) ->
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_scrolls_sideways_and_no_cell_is_hidden(width: int, tmp_path: Path) -> None:
-    script = """<script>
-    document.querySelectorAll('details').forEach(details => details.open = true);
-    const hidden = [...document.querySelectorAll('td > span')].filter(cell => !cell.getClientRects().length);
-    const wide = [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1);
-    document.title = [document.documentElement.scrollWidth, hidden.length, wide.length, innerWidth].join()
-    </script>"""
-    write_html(tmp_path / "report.html", page() + script)
-    shown = browse(tmp_path, f"--window-size={width},2000", "--dump-dom")
+    """In a frame, since a window of the browser has a minimum width."""
+    script = """<script>document.querySelector('iframe').onload = event => {
+    const page = event.target.contentDocument, inner = event.target.contentWindow.innerWidth;
+    page.querySelectorAll('details').forEach(details => details.open = true);
+    const hidden = [...page.querySelectorAll('td > span')].filter(cell => !cell.getClientRects().length);
+    const wide = [...page.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > inner + 1);
+    document.title = [page.documentElement.scrollWidth, hidden.length, wide.length, inner].join()
+    }</script>"""
+    frame = f'<iframe style="border: 0; width: {width}px; height: 2000px" srcdoc="{escape(page())}"></iframe>'
+    write_html(tmp_path / "report.html", f"<!DOCTYPE html><title></title>{frame}{script}")
+    shown = browse(tmp_path, "--window-size=1400,2000", "--dump-dom")
     scrolled, hidden, wide, inner = map(int, re.search("<title>(.*?)</title>", shown)[1].split(","))
     assert (inner, hidden, wide) == (width, 0, 0) and scrolled <= width
 
