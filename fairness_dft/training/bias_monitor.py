@@ -40,7 +40,7 @@ class BiasMonitor(EvaluationCallback):
             among the images in which both see a face.
         pairs: After a test of two models, for each (classifier, attribute) the classes of the images of each noise by
             the original and the EMA model, as `PairMetric` counts them.
-        readings: After a test, for each (classifier, model) what the classifier reads in each image, of single attributes.
+        readings: After a test, for each (classifier, model) what it reads in each image, of single attributes.
     """
 
     def __init__(
