@@ -79,10 +79,7 @@ class RandomStableDiffusion(StableDiffusion):
 
     @override
     def check(self) -> None:
-        with torch.device("cpu"):
-            self.scheduler = find_scheduler(self.scheduler_name)(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-            )
+        """Need no files."""
 
     @override
     def load(self) -> None:
@@ -91,7 +88,10 @@ class RandomStableDiffusion(StableDiffusion):
 
         if hasattr(self, "unet"):
             return
-        self.check()
+        with torch.device("cpu"):
+            self.scheduler = find_scheduler(self.scheduler_name)(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+            )
         # Its words are the miniature's, its length the real one's.
         self.tokenizer = CLIPTokenizer.from_pretrained(resolve(PORTRAITS) / "pipeline" / "tokenizer")
         self.tokenizer.model_max_length = 77

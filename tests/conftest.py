@@ -1,4 +1,6 @@
-"""What holds for every test: one thread, the same random numbers; what the machine cannot run is skipped."""
+"""Set up every test: one thread and the same random numbers; skip what this machine cannot run."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         skips["gpu"] = "needs a CUDA device"
     if "large" not in config.getoption("markexpr"):
-        skips["large"] = "needs gigabytes and minutes: -m large"
+        skips["large"] = "needs gigabytes of memory and minutes: -m large"
     for item in items:
         for mark, reason in skips.items():
             if item.get_closest_marker(mark):
@@ -21,3 +23,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Stable Diffusion; a test that changes it works on a copy."""
+    from tiny import build_tiny_pipeline  # here, because most tests need no diffusers
+
+    return build_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))

@@ -1,24 +1,23 @@
-"""A Stable Diffusion with random weights in the exact layout of the real one, small enough for a test."""
+"""Build a Stable Diffusion with random weights in the exact layout of the real one, small enough for a test."""
 
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 def build_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32) -> Path:
-    """Saves a pipeline with latents of 4×8×8 and images of 16×16 pixels.
+    """Save a pipeline with latents of 4×8×8 and images of 16×16 pixels.
 
     Args:
-        folder: Where to save it.
-        prediction_type: What the U-Net predicts, for the scheduler: epsilon or v_prediction.
-        dtype: The precision of the stored weights.
+        folder: Folder that the pipeline is saved to.
+        prediction_type: Meaning of the U-Net's prediction, for the scheduler: epsilon or v_prediction.
+        dtype: Precision of the stored weights.
 
     Returns:
         The folder.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = tiny_tokenizer()
@@ -79,10 +78,8 @@ def build_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", dtype: t
     return folder
 
 
-def tiny_tokenizer():
-    """Returns a CLIP tokenizer that reads letter by letter, at most 16 tokens."""
-    from transformers import CLIPTokenizer
-
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Return a CLIP tokenizer that reads letter by letter, at most 16 tokens."""
     letters = "abcdefghijklmnopqrstuvwxyz,.'-"
     symbols = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}

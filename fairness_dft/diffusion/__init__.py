@@ -1,4 +1,4 @@
-"""The frozen text-to-image models: encode a prompt, denoise with guidance, decode."""
+"""Frozen text-to-image models: encode a prompt, denoise with guidance, decode."""
 
 from fairness_dft.diffusion.any_pipeline import AnyPipeline
 from fairness_dft.diffusion.stable_diffusion import StableDiffusion

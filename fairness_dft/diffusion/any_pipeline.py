@@ -1,31 +1,39 @@
-"""Any text-to-image pipeline of diffusers, to be looked at as it is: SDXL, Stable Diffusion 3, Flux and so on.
+r"""Any text-to-image pipeline of diffusers, for audits only: SDXL, Stable Diffusion 3, Flux and so on.
 
     python -m fairness_dft.evaluate … --model.generator fairness_dft.diffusion.AnyPipeline \
       --model.generator.init_args.path stabilityai/stable-diffusion-xl-base-1.0
 
-Finetuning needs to see inside the sampler, for which there is `diffusion.StableDiffusion`.
+Finetuning needs access to the steps of the sampler, which `diffusion.StableDiffusion` has.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fairness_dft.diffusion.diffusers_model import loading_error
-from fairness_dft.diffusion.text_to_image import TextToImage
-from fairness_dft.files import on_hub, one_line, quiet, resolve
+from fairness_dft.diffusion.diffusers_model import DiffusersModel, ModelSource, Precision
 
 
-class AnyPipeline(TextToImage):
-    """A pipeline of diffusers with its own scheduler, that draws and is not finetuned.
+class AnyPipeline(DiffusersModel):
+    """Any diffusers pipeline with its own scheduler, for audits only; it cannot be finetuned.
 
     Args:
-        path: folder or hub id.
-        weights_dtype: data type of its weights.
-        resolution: width and height of its images in pixels; its own by default.
-        images_at_once: how many images of a prompt it draws at a time.
+        path: Folder of the pipeline, or name on the Hugging Face hub.
+        weights_dtype: Precision of the weights in memory.
+        resolution: Height and width of the images, in pixels; by default those of the pipeline.
+        images_at_once: Number of images of one prompt that are generated together.
+
+    Raises:
+        ValueError: If `images_at_once` is not positive, or `weights_dtype` is not one of the allowed values.
+
+    Example:
+        >>> model = AnyPipeline("data/portraits/pipeline")
+        >>> model.load()
+        >>> images = model.draw("a photo of the face of a chef", torch.tensor([0, 1]), steps=2, guidance_scale=1.75)
+        >>> images.shape
+        torch.Size([2, 3, 64, 64])
     """
 
     trainable = False
@@ -33,81 +41,62 @@ class AnyPipeline(TextToImage):
     def __init__(
         self,
         path: str,
-        weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        weights_dtype: Precision = "float32",
         resolution: int | None = None,
         images_at_once: int = 8,
     ) -> None:
-        super().__init__()
+        super().__init__(path, weights_dtype, resolution)
         if images_at_once < 1:
             raise ValueError(f"`images_at_once` must be at least 1, but got {images_at_once}")
-        self.path, self.resolution, self.images_at_once = path, resolution, images_at_once
-        self.weights_dtype = getattr(torch, weights_dtype)
+        self.images_at_once = images_at_once
         self.pipeline: Any = None
 
     @override
-    def check(self) -> None:
-        from diffusers import DiffusionPipeline
-
-        folder = resolve(self.path)
-        self.source = str(folder) if folder.is_dir() else self.path
-        self.options = {"local_files_only": folder.is_dir() or not on_hub(self.path)}
-        try:
-            with quiet():
-                DiffusionPipeline.load_config(self.source, **self.options)
-        except Exception as error:  # each library raises its own
-            raise ValueError(loading_error(self.path, one_line(error))) from error
+    def _check(self, source: ModelSource) -> None:
+        self._read_index(source)
 
     @override
-    def load(self) -> None:
-        """Loads the pipeline; a safety checker, which would replace pictures by black ones, is left out."""
-        if self.pipeline is not None:
-            return
-        self.check()
+    def _load(self, source: ModelSource) -> None:
         from diffusers import AutoPipelineForText2Image
 
-        weights = {"torch_dtype": self.weights_dtype, "use_safetensors": True}
-        try:
-            with quiet():
-                self.pipeline = AutoPipelineForText2Image.from_pretrained(self.source, **weights, **self.options)
-        except Exception as error:
-            raise ValueError(loading_error(self.path, one_line(error))) from error
+        with self._loading(source):
+            self.pipeline = AutoPipelineForText2Image.from_pretrained(source.name, **self._weights(source))
         if hasattr(self.pipeline, "safety_checker"):
-            self.pipeline.safety_checker = None
+            self.pipeline.safety_checker = None  # it would replace images by black ones, and an audit counts them
         self.pipeline.set_progress_bar_config(disable=True)
         for name, part in self.pipeline.components.items():
             if isinstance(part, nn.Module):
                 self.add_module(name, part)
-        self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def draw(self, prompt: str, seeds: Tensor, steps: int, guidance_scale: float) -> Tensor:
-        """Images of a prompt.
+        """Generate images of a prompt.
 
         Args:
-            prompt: the text.
-            seeds: of their noise, with shape (n,).
-            steps: sampling steps.
-            guidance_scale: of classifier-free guidance.
+            prompt: Prompt P.
+            seeds: Seeds of the initial noise, with shape (n,), integer.
+            steps: Number of sampling steps.
+            guidance_scale: Scale s of classifier-free guidance.
 
         Returns:
-            With shape (n, 3, H, W), in [0, 1], float32.
+            The images x, with shape (n, 3, H, W), in [0, 1], float32.
         """
         size = {} if self.resolution is None else {"height": self.resolution, "width": self.resolution}
-        drawn = []
+        images = []
         settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt", **size}
-        for some in seeds.split(self.images_at_once):
-            noises = [torch.Generator().manual_seed(seed) for seed in some.tolist()]
-            drawn.append(self.pipeline(prompt=[prompt] * len(some), generator=noises, **settings).images)
-        return torch.cat(drawn).float().clamp(0, 1)
+        for chunk in seeds.split(self.images_at_once):
+            generators = [torch.Generator().manual_seed(seed) for seed in chunk.tolist()]
+            images.append(self.pipeline(prompt=[prompt] * len(chunk), generator=generators, **settings).images)
+        return torch.cat(images).float().clamp(0, 1)
 
     @override
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        raise NotImplementedError("a pipeline is only drawn with")
+        raise NotImplementedError("an AnyPipeline generates whole images and cannot encode prompts")
 
     @override
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Tensor) -> Tensor:
-        raise NotImplementedError("a pipeline is only drawn with")
+        raise NotImplementedError("an AnyPipeline generates whole images and cannot denoise single steps")
 
     @override
     def decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError("a pipeline is only drawn with")
+        raise NotImplementedError("an AnyPipeline generates whole images and cannot decode latents")

@@ -12,11 +12,10 @@ class TextToImage(nn.Module, ABC):
     """A frozen text-to-image diffusion model.
 
     Attributes:
-        scheduler: A diffusers scheduler. It is a template: whoever samples works on a copy, as it has a
-            state.
+        scheduler: A diffusers scheduler. It is a template: because a scheduler has a state, samplers work on a copy.
         latent_shape: The shape (C, h, w) of one latent.
-        prefix: Text that `encode` puts before every prompt but the empty one.
-        trainable: Whether it can be finetuned; if not, it is only looked at.
+        prefix: Text that `encode` puts before every prompt except the empty one.
+        trainable: Whether the model can be finetuned; if not, it can only be audited.
     """
 
     scheduler: Any
@@ -24,40 +23,44 @@ class TextToImage(nn.Module, ABC):
     prefix: str = ""
     trainable = True
 
-    def check(self) -> None:  # noqa: B027  a model that needs nothing from outside is always there
-        """Refuses a model that cannot be loaded, without loading it.
+    def check(self) -> None:  # noqa: B027  a model that reads no files can always be loaded
+        """Reject a model that cannot be loaded, without loading it; this changes nothing.
 
         Raises:
-            ValueError: If the model is not within reach.
+            ValueError: If the model cannot be found, or its settings do not fit.
         """
 
     @abstractmethod
     def load(self) -> None:
-        """Loads the weights; the constructor only takes notes. A second call does nothing."""
+        """Load the weights, which the constructor does not; a second call does nothing.
+
+        Raises:
+            ValueError: If the model cannot be loaded, or its settings do not fit.
+        """
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Encodes prompts P, truncated to what the text encoder reads.
+        """Encode prompts P, truncated to the length that the text encoder reads.
 
         Args:
-            prompts: The B prompts; the empty prompt is ∅.
+            prompts: B prompts; the empty prompt is ∅.
 
         Returns:
             The conditioning c, with shape (B, L, D).
         """
 
     def truncated_text(self, prompt: str) -> str:
-        """Returns the end of a prompt that the text encoder does not read, as it is too long; empty if it reads all."""
+        """Return the end of a prompt that is too long for the text encoder, or an empty text if it reads all of it."""
         return ""
 
     @abstractmethod
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Tensor) -> Tensor:
-        """Calls the denoising network once.
+        """Call the denoising network once.
 
         Args:
-            latents: The latents z_t as the scheduler scales them for the network, with shape (B, C, h, w).
-            timestep: The training timestep t, a scalar, or one a row, with shape (B,).
-            conditioning: The conditioning c, with shape (B, L, D), or (P, L, D) where P divides B: then the first
+            latents: Latents z_t as the scheduler scales them for the network, with shape (B, C, h, w).
+            timestep: Training timestep t, a scalar, or one per row, with shape (B,).
+            conditioning: Conditioning c, with shape (B, L, D), or (P, L, D) where P divides B: then the first
                 B / P latents share the first row, and so on.
 
         Returns:
@@ -69,10 +72,10 @@ class TextToImage(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes final latents z_0.
+        """Decode final latents z_0.
 
         Args:
-            latents: The latents, with shape (B, C, h, w).
+            latents: Latents z_0, with shape (B, C, h, w).
 
         Returns:
             The images x, with shape (B, 3, H, W), in [0, 1], in the dtype of `latents`. A pixel that is
@@ -87,14 +90,14 @@ class TextToImage(nn.Module, ABC):
         unconditional: Tensor,
         guidance_scale: float,
     ) -> Tensor:
-        """Denoises with classifier-free guidance, in one call of twice the batch, or of once where s = 1.
+        """Denoise with classifier-free guidance, in one call with twice the batch, or with the batch alone if s = 1.
 
         Args:
-            latents: As for `denoise`.
-            timestep: As for `denoise`.
-            conditioning: As for `denoise`.
-            unconditional: The conditioning of the empty prompt ∅, with the same shape.
-            guidance_scale: The scale s.
+            latents: Latents z_t, as for `denoise`.
+            timestep: Training timestep t, as for `denoise`.
+            conditioning: Conditioning c, as for `denoise`.
+            unconditional: Conditioning of the empty prompt ∅, with the shape of `conditioning`.
+            guidance_scale: Scale s.
 
         Returns:
             The guided prediction ε_t, with the shape of `latents`.
@@ -106,14 +109,14 @@ class TextToImage(nn.Module, ABC):
         return without + guidance_scale * (with_prompt - without)
 
     def denoiser_learns(self) -> bool:
-        """Whether anything in the denoising network itself is trained, not only what leads to its conditioning."""
+        """Return whether weights of the denoising network itself are trained, not only those of its conditioning."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def noise(self, seeds: Tensor) -> Tensor:
-        """Draws initial latents z_T ~ N(0, I), the same for the same seed on any device and in any batch.
+        """Draw initial latents z_T ~ N(0, I), the same for the same seed on any device and in any batch.
 
         Args:
-            seeds: The seeds, with shape (n,), integer.
+            seeds: Seeds of the noise, with shape (n,), integer.
 
         Returns:
             The latents, with shape (n, C, h, w), in float32, on the device of the model.
@@ -124,5 +127,5 @@ class TextToImage(nn.Module, ABC):
         return noise.to(next(self.parameters()).device)
 
     def train(self, mode: bool = True) -> "TextToImage":
-        """Stays in evaluation mode: a frozen model has no dropout to switch on."""
+        """Stay in evaluation mode, because a frozen model has no dropout to turn on."""
         return super().train(False)

@@ -1,4 +1,4 @@
-"""The frozen model: loading, noise and guidance, and what happens where there is no model."""
+"""Compare Stable Diffusion with diffusers and with formulas, and check its errors where there is no model."""
 
 import json
 import shutil
@@ -14,31 +14,27 @@ from tiny import build_tiny_pipeline
 from torch.testing import assert_close
 
 from fairness_dft.adapters.lora import UNetLoRA
+from fairness_dft.diffusion.diffusers_model import token_limit
 from fairness_dft.diffusion.stable_diffusion import StableDiffusion
 from fairness_dft.networks.cross_attention import SharedKeys, share_keys
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return build_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> StableDiffusion:
-    return load(folder)
+def model(tiny_pipeline: Path) -> StableDiffusion:
+    return load(tiny_pipeline)
 
 
 @pytest.fixture
 def offline(monkeypatch) -> list:
-    """The questions that the hub was asked, and did not answer."""
-    asked = []
+    """Take away the hub, and list the requests that it did not answer."""
+    requests = []
 
     def unreachable(*arguments, **options):
-        asked.append(arguments)
+        requests.append(arguments)
         raise OSError("no network")
 
     monkeypatch.setattr(HfApi, "model_info", unreachable)
-    return asked
+    return requests
 
 
 def load(folder: Path | str, *arguments, **options) -> StableDiffusion:
@@ -64,24 +60,26 @@ def test_base_is_frozen_and_stays_in_evaluation_mode(model: StableDiffusion) -> 
     assert not any(module.training for module in model.modules())
 
 
-def test_constructor_loads_nothing_and_loading_twice_changes_nothing(folder: Path) -> None:
-    model = StableDiffusion(str(folder))
-    assert list(model.parameters()) == []
+def test_constructor_and_check_load_nothing_and_a_second_load_changes_nothing(tiny_pipeline: Path) -> None:
+    model = StableDiffusion(str(tiny_pipeline))
+    state = dict(vars(model))
+    model.check()
+    assert vars(model) == state and list(model.parameters()) == []
     model.load()
     unet = model.unet
     model.load()
     assert model.unet is unet
 
 
-def test_path_is_relative_to_the_working_directory(folder: Path, monkeypatch) -> None:
-    monkeypatch.chdir(folder.parent)
-    assert load(folder.name).latent_shape == (4, 8, 8)
+def test_path_is_relative_to_the_working_directory(tiny_pipeline: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tiny_pipeline.parent)
+    assert load(tiny_pipeline.name).latent_shape == (4, 8, 8)
 
 
-def test_what_is_truncated_is_told(model: StableDiffusion) -> None:
+def test_truncated_text_is_the_end_that_the_text_encoder_does_not_read(model: StableDiffusion) -> None:
     words = [word.removesuffix("</w>") for word in sorted(model.tokenizer.get_vocab()) if word.endswith("</w>")]
     words = [word for word in words if word.isalpha()][:8] * 20
-    reads = model._longest - 2
+    reads = token_limit(model.tokenizer, model.text_encoder) - 2
     assert model.truncated_text(" ".join(words[:reads])) == ""
     assert model.truncated_text(" ".join(words[: reads + 3])) == " ".join(words[reads : reads + 3])
     model.prefix = f"{words[0]} {words[1]} "
@@ -114,28 +112,28 @@ def test_noise_is_that_of_diffusers_and_does_not_depend_on_the_batch(model: Stab
 @pytest.mark.parametrize("prompts", [["a chef"], ["a chef", "a nurse at work"]])
 def test_rows_share_a_conditioning(model: StableDiffusion, prompts: list[str]) -> None:
     latents, timestep = model.noise(torch.arange(4)), torch.tensor(300)
-    found = []
+    results = []
     for repeats in (1, 4 // len(prompts)):
         conditioning = model.encode(prompts).requires_grad_()
         prediction = model.denoise(latents, timestep, conditioning.repeat_interleave(repeats, 0))
         gradient = torch.autograd.grad((prediction * torch.linspace(-1, 2, 4).view(-1, 1, 1, 1)).sum(), conditioning)
-        found.append((prediction, *gradient))
-    (shared, gradient), (each, expected) = found
+        results.append((prediction, *gradient))
+    (shared, gradient), (each, expected) = results
     assert_close(shared, each)
     assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_rows_that_cannot_be_shared_alike_are_refused(model: StableDiffusion) -> None:
+def test_a_conditioning_that_cannot_be_shared_equally_is_rejected(model: StableDiffusion) -> None:
     conditioning = model.encode(["a chef", "a nurse"])
     for count in (1, 3):
-        with pytest.raises(ValueError, match=f"2 rows of `conditioning` cannot serve {count} latents alike"):
+        with pytest.raises(ValueError, match=f"2 rows of `conditioning` cannot be shared equally by {count} latents"):
             model.denoise(model.noise(torch.arange(count)), torch.tensor(300), conditioning)
 
 
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("upcast", [False, True])
 def test_cross_attention_is_that_of_diffusers(linear: bool, upcast: bool) -> None:
-    """Stable Diffusion 1 projects by convolutions, 2 by linear layers and asks for attention in single precision."""
+    """Version 1 projects by convolutions; version 2 projects by linear layers and has attention in single precision."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         block_out_channels=(32, 64), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -143,12 +141,12 @@ def test_cross_attention_is_that_of_diffusers(linear: bool, upcast: bool) -> Non
         cross_attention_dim=16, use_linear_projection=linear, upcast_attention=upcast,
     ).eval()  # fmt: skip
     inputs = torch.randn(4, 4, 8, 8), torch.tensor(300), torch.randn(4, 7, 16, requires_grad=True)
-    found = []
+    results = []
     for prepare in (lambda _: None, share_keys):
         prepare(unet)
         prediction = unet(*inputs).sample
-        found.append((prediction, *torch.autograd.grad(prediction.square().sum(), inputs[2])))
-    assert_close(found[1], found[0])
+        results.append((prediction, *torch.autograd.grad(prediction.square().sum(), inputs[2])))
+    assert_close(results[1], results[0])
     assert {type(unet.attn_processors[name]) is SharedKeys for name in unet.attn_processors if "attn2" in name} == {
         True
     }
@@ -174,7 +172,9 @@ def test_scheduler_has_the_settings_of_the_model(tmp_path: Path, name: str) -> N
     assert scheduler.config.beta_end == 0.012
 
 
-def test_half_precision_storage_is_loaded_in_the_precision_asked_for(tmp_path: Path, model: StableDiffusion) -> None:
+def test_weights_stored_in_half_precision_are_loaded_in_the_requested_precision(
+    tmp_path: Path, model: StableDiffusion
+) -> None:
     stored = load(build_tiny_pipeline(tmp_path, dtype=torch.float16))
     assert {parameter.dtype for parameter in stored.parameters()} == {torch.float32}
     for parameter, original in zip(stored.parameters(), model.parameters(), strict=True):
@@ -183,11 +183,11 @@ def test_half_precision_storage_is_loaded_in_the_precision_asked_for(tmp_path: P
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_only_learned_networks_are_cast_back_and_forth(tmp_path: Path, learned: bool) -> None:
-    """Frozen in half precision a network computes as it does without autocast, to the last bit."""
+@pytest.mark.parametrize("trained", [False, True])
+def test_only_trained_networks_use_autocast(tmp_path: Path, trained: bool) -> None:
+    """A network that is frozen in half precision computes as it does without autocast, to the last bit."""
     model = load(build_tiny_pipeline(tmp_path), weights_dtype="bfloat16")
-    if learned:
+    if trained:
         UNetLoRA(rank=2).attach(model)
     cast = []
     for network in (model.unet.conv_in, model.vae.decoder.conv_in):
@@ -195,31 +195,31 @@ def test_only_learned_networks_are_cast_back_and_forth(tmp_path: Path, learned: 
     latents, conditioning = model.noise(torch.arange(2)), model.encode(["a chef", "a baker"])
     inputs = latents, torch.tensor(500), conditioning
     with torch.no_grad():
-        wanted = model.denoise(*inputs), model.decode(latents)
+        prediction, images = model.denoise(*inputs), model.decode(latents)
         with torch.autocast("cpu", torch.bfloat16):
-            found = model.denoise(*inputs), model.decode(latents)
+            autocast_prediction, autocast_images = model.denoise(*inputs), model.decode(latents)
             assert torch.is_autocast_enabled("cpu")
-    assert cast == [False, False, learned, False]
-    assert torch.equal(found[1], wanted[1])
-    assert learned or torch.equal(found[0], wanted[0])
+    assert cast == [False, False, trained, False]
+    assert torch.equal(autocast_images, images)
+    assert trained or torch.equal(autocast_prediction, prediction)
 
 
-def test_resolution_sets_the_size_of_latents_and_images(folder: Path) -> None:
-    model = load(folder, resolution=24)
+def test_resolution_sets_the_size_of_latents_and_images(tiny_pipeline: Path) -> None:
+    model = load(tiny_pipeline, resolution=24)
     assert model.latent_shape == (4, 12, 12)
     assert model.decode(model.noise(torch.arange(1))).shape == (1, 3, 24, 24)
 
 
 @pytest.mark.parametrize("resolution", [0, -2, 15])
-def test_resolution_must_fit(folder: Path, resolution: int) -> None:
+def test_resolution_must_fit(tiny_pipeline: Path, resolution: int) -> None:
     with pytest.raises(ValueError, match=f"`resolution` must be a multiple of 2 .* got {resolution}"):
-        load(folder, resolution=resolution)
+        load(tiny_pipeline, resolution=resolution)
 
 
 @pytest.mark.parametrize("name", ["DDIM", "StableDiffusionPipeline", "SchedulerMixinn", "__version__"])
-def test_unknown_scheduler(folder: Path, name: str) -> None:
+def test_unknown_scheduler(tiny_pipeline: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"`scheduler` must be .* such as .*DDIMScheduler.* got '{name}'"):
-        load(folder, name)
+        load(tiny_pipeline, name)
 
 
 def test_unknown_precision() -> None:
@@ -228,8 +228,8 @@ def test_unknown_precision() -> None:
 
 
 @pytest.mark.parametrize("path", ["stable-diffusion-v1-5/no-such-model", "./no/such/folder", "two words"])
-def test_model_that_is_nowhere(offline, path: str, capfd) -> None:
-    with pytest.raises(ValueError, match="no such folder, nor within reach") as caught:
+def test_a_missing_model_is_one_line_that_says_what_to_do(offline, path: str, capfd) -> None:
+    with pytest.raises(ValueError, match="no such local folder, and no such model within reach") as caught:
         load(path)
     message = str(caught.value)
     assert "\n" not in message
@@ -255,8 +255,8 @@ def test_model_that_is_nowhere(offline, path: str, capfd) -> None:
         "scheduler",
     ],
 )
-def test_folder_that_is_incomplete(folder: Path, tmp_path: Path, broken: str, capfd) -> None:
-    copy = shutil.copytree(folder, tmp_path / "copy")
+def test_an_incomplete_folder_is_one_line(tiny_pipeline: Path, tmp_path: Path, broken: str, capfd) -> None:
+    copy = shutil.copytree(tiny_pipeline, tmp_path / "copy")
     target = copy / broken
     shutil.rmtree(target) if target.is_dir() else target.unlink()
     with pytest.raises(ValueError, match="Could not load the text-to-image model .*copy") as caught:
@@ -265,32 +265,31 @@ def test_folder_that_is_incomplete(folder: Path, tmp_path: Path, broken: str, ca
     assert capfd.readouterr() == ("", "")
 
 
-def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(folder, tmp_path / "copy")
+def test_damaged_weights_are_one_line(tiny_pipeline: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_pipeline, tmp_path / "copy")
     (copy / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match="Could not load the text-to-image model") as caught:
         load(copy)
     assert "\n" not in str(caught.value)
 
 
-def test_hub_is_asked_only_if_there_is_no_folder(folder: Path, monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr(HfApi, "model_info", lambda self, path, **options: asked.append(path))
-    load(folder)
-    assert asked == []
+def test_hub_is_asked_only_if_there_is_no_folder(tiny_pipeline: Path, monkeypatch) -> None:
+    requests = []
+    monkeypatch.setattr(HfApi, "model_info", lambda self, path, **options: requests.append(path))
+    load(tiny_pipeline)
+    assert requests == []
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler"])
 def test_latents_are_not_clipped_like_pixels(scheduler: str) -> None:
-    """The settings that ship with the miniature do not mention it, and diffusers' default is for pixels."""
-    model = StableDiffusion("data/portraits/pipeline", scheduler)
-    model.check()
+    """The miniature's stored settings do not mention clipping, and the default of diffusers is for pixels."""
+    model = load("data/portraits/pipeline", scheduler)
     assert model.scheduler.config.clip_sample is False
 
 
-def test_thresholding_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_thresholding_is_rejected(tiny_pipeline: Path, tmp_path: Path) -> None:
     (tmp_path / "scheduler").mkdir()
-    settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    settings = json.loads((tiny_pipeline / "scheduler" / "scheduler_config.json").read_text())
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings | {"thresholding": True}))
     with pytest.raises(ValueError, match="has `thresholding`, which is for models of pixels: set it to false"):
         StableDiffusion(str(tmp_path)).check()

@@ -206,5 +206,5 @@ def test_compiled_blocks_have_the_same_gradient_and_are_compiled_once(
 
 def test_compiling_needs_a_compiler(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match=r"`compile` needs a C\+\+ compiler, but found none: install g\+\+"):
+    with pytest.raises(ValueError, match=r"`compile` needs a C\+\+ compiler, but there is none: install g\+\+"):
         StableDiffusion(compile=True)
