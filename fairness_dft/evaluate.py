@@ -40,7 +40,7 @@ from fairness_dft.cli.lightning_cli import FairnessCLI
 from fairness_dft.cli.memory import telling_what_saves_memory
 from fairness_dft.files import replacing
 from fairness_dft.prompts.batches import PromptBatch
-from fairness_dft.prompts.files import Prompt, normalise
+from fairness_dft.prompts.files import Prompt, normalize
 from fairness_dft.reports.csv_tables import write_per_prompt
 from fairness_dft.reports.html import ReportImages, html_report, write_html
 from fairness_dft.reports.results import Results, RunFacts
@@ -170,8 +170,8 @@ def judged_images(cli: EvaluateCLI) -> tuple[Any, list[Prompt], int]:
     if cli.config.adapter or cli.trainer.world_size > 1:
         raise ValueError("--images: nothing is drawn, so leave out --adapter, and set --trainer.devices=1")
     source = ImageFolder(Path(cli.config.images))
-    known = {normalise(prompt.text): prompt for prompt in cli.datamodule.prompts(cli.config.split)}
-    prompts = [known.get(normalise(text), Prompt(text, text, "images")) for text in source.prompts]
+    known = {normalize(prompt.text): prompt for prompt in cli.datamodule.prompts(cli.config.split)}
+    prompts = [known.get(normalize(text), Prompt(text, text, "images")) for text in source.prompts]
     cli.model.source = source
     few = min(len(files) for files in source.files["original"].values())
     return FolderPrompts(source, prompts), prompts, few

@@ -20,7 +20,7 @@ from fairness_dft.cli.commands import run_main
 from fairness_dft.cli.lightning_cli import FairnessCLI
 from fairness_dft.cli.memory import telling_what_saves_memory
 from fairness_dft.prompts.datamodule import PromptModule
-from fairness_dft.prompts.files import SPLITS, normalise
+from fairness_dft.prompts.files import SPLITS, normalize
 from fairness_dft.reports.results import RunFacts
 from fairness_dft.reports.tables import print_results
 from fairness_dft.training.bias_monitor import BiasMonitor
@@ -126,8 +126,8 @@ def check_targets(attribute: Attribute, data: PromptModule, splits: Sequence[str
 
 def tested_and_trained(data: PromptModule) -> list[str]:
     """The test prompts that are also training prompts, as all of a plain text file are."""
-    trained = {normalise(prompt.text) for prompt in data.prompts("train")}
-    return [prompt.text for prompt in data.prompts("test") if normalise(prompt.text) in trained]
+    trained = {normalize(prompt.text) for prompt in data.prompts("train")}
+    return [prompt.text for prompt in data.prompts("test") if normalize(prompt.text) in trained]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Adapters of every kind on a tiny pipeline."""
+"""Build adapters of every class on a tiny pipeline."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def load(folder: Path, **options) -> StableDiffusion:
 
 
 def predict(model: StableDiffusion) -> torch.Tensor:
-    """What the whole model predicts for each prompt: every adapter takes part in it."""
+    """Return the prediction for each prompt, in which every network and so every adapter takes part."""
     noise = model.noise(torch.arange(len(PROMPTS)))
     return model.denoise(noise, torch.tensor(500), model.encode(PROMPTS))
 

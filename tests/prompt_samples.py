@@ -1,4 +1,4 @@
-"""A small valid prompt file, and how to write one."""
+"""Write a small valid prompt file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is trained (θ): small adapters on the frozen text-to-image model."""
+"""Adapters: the small sets of trained tensors θ on the frozen text-to-image model."""
 
 from fairness_dft.adapters.base import Adapter
 from fairness_dft.adapters.combined import Combined

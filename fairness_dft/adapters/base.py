@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fairness_dft.diffusion.text_to_image import TextToImage
+from fairness_dft.files import replacing
 
 Name = Literal["original", "trained", "ema"]
 
@@ -18,14 +19,14 @@ Name = Literal["original", "trained", "ema"]
 class Adapter(ABC):
     """A set of trained tensors inside a frozen model, and their moving average.
 
-    A kind of adapter says how it is injected (`attach`), which tensors it has (`tensors`), which of them the
-    model uses (`_activate`) and the name of the file that other programs load it from (`file`).
+    A subclass defines how the tensors are injected (`attach`), what they are (`tensors`), how the model uses them
+    (`_activate`) and the name of the exported file (`file`).
 
     Attributes:
         active: The name of the model in use.
-        scalable: Whether it can be applied more or less strongly.
-        file: The name of its exported file; of a combination, each part has its own.
-        learning_rate: Its own learning rate; None for that of the run.
+        scalable: Whether the adapter can be applied more or less strongly.
+        file: The name of the exported file; in a combination, each part has its own.
+        learning_rate: The learning rate of this adapter; None for that of the run.
     """
 
     active: Name = "trained"
@@ -35,10 +36,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def attach(self, model: TextToImage) -> None:
-        """Injects the adapters `trained` and `ema`, equal at first, into a loaded model; `trained` is active.
+        """Inject the adapters `trained` and `ema`, equal at first, into a loaded model and make `trained` active.
 
         Args:
-            model: The frozen text-to-image model, which is changed in place.
+            model: Frozen text-to-image model, which is changed in place.
 
         Raises:
             ValueError: If the adapter does not fit the model, or is already attached.
@@ -46,27 +47,27 @@ class Adapter(ABC):
 
     @abstractmethod
     def tensors(self, name: Name) -> dict[str, nn.Parameter]:
-        """Returns the live tensors of `trained` or `ema`, by the names that they have in an exported file."""
+        """Return the live tensors of `trained` or `ema`, by their names in an exported file."""
 
     @abstractmethod
     def _activate(self, name: Name) -> None:
-        """Makes the model compute with the named tensors, or with none for `original`."""
+        """Make the model compute with the named tensors, or with none for `original`."""
 
     @property
     def parts(self) -> Sequence["Adapter"]:
-        """The adapters that it consists of: by default itself alone."""
+        """The adapters that this one consists of: by default itself alone."""
         return [self]
 
     def settings(self, name: Name) -> dict[str, Any]:
-        """Returns what other programs must know beside the tensors of `trained` or `ema`."""
+        """Return what other programs must know in addition to the tensors of `trained` or `ema`."""
         return {}
 
     def save(self, folder: str | Path, name: Name = "ema") -> list[Path]:
-        """Exports `trained` or `ema` as safetensors, in the layout that diffusers loads.
+        """Export `trained` or `ema` as safetensors, in the layout that diffusers loads.
 
         Args:
-            folder: Where to write; it is created.
-            name: Which tensors.
+            folder: Folder of the files; it is created if needed.
+            name: Tensors to export.
 
         Returns:
             The paths of the files.
@@ -74,44 +75,47 @@ class Adapter(ABC):
         from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
         from safetensors.torch import save_file
 
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        paths = [Path(folder, file) for file in dict.fromkeys(part.file for part in self.parts)]
+        paths = self._paths(folder)
         for path in paths:
             parts = [part for part in self.parts if part.file == path.name]
             state = {key: tensor for part in parts for key, tensor in part.state_dict(name).items()}
             settings = {key: value for part in parts for key, value in part.settings(name).items()}
             extra = {LORA_ADAPTER_METADATA_KEY: json.dumps(settings)} if settings else {}
-            save_file(state, path, metadata={"format": "pt", **extra})
+            with replacing(path) as draft:
+                save_file(state, draft, metadata={"format": "pt", **extra})
         return paths
 
     def load(self, folder: str | Path, name: Name = "ema") -> None:
-        """Copies what `save` wrote into `trained` or `ema`.
+        """Copy what `save` wrote into `trained` or `ema`.
 
         Args:
-            folder: Where the files lie.
-            name: Which tensors to overwrite.
+            folder: Folder of the files.
+            name: Tensors to overwrite.
 
         Raises:
-            ValueError: If a file is missing or of another adapter.
+            ValueError: If a file is missing or belongs to another adapter.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         state: dict[str, Tensor] = {}
-        for file in dict.fromkeys(part.file for part in self.parts):
-            path = Path(folder, file)
+        for path in self._paths(folder):
             try:
                 state |= load_file(path)
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{str(path)!r} could not be read: {error}") from error
         self.load_state_dict(state, name)
 
+    def _paths(self, folder: str | Path) -> list[Path]:
+        """Return the exported files, one for all parts that share it."""
+        return [Path(folder, file) for file in dict.fromkeys(part.file for part in self.parts)]
+
     def rescale(self, scale: float, name: Name = "ema") -> None:
-        """Changes how strongly `trained` or `ema` is applied, for good.
+        """Change permanently how strongly `trained` or `ema` is applied.
 
         Args:
-            scale: A factor; 0 leaves the original model.
-            name: Which of the two.
+            scale: Factor; 0 leaves the base model.
+            name: Tensors to scale.
 
         Raises:
             ValueError: If the adapter is not `scalable`, and `scale` is not 1.
@@ -120,27 +124,27 @@ class Adapter(ABC):
             raise ValueError(f"{type(self).__name__} has no strength to change: leave the scale at 1")
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Returns the trained tensors with their learning rates, for an optimizer.
+        """Return the trained tensors with their learning rates, for an optimizer.
 
         Args:
-            learning_rate: That of a part that has none of its own.
+            learning_rate: Learning rate of each part that has none of its own.
         """
         rates = [learning_rate if part.learning_rate is None else part.learning_rate for part in self.parts]
         return [{"params": part.parameters(), "lr": rate} for part, rate in zip(self.parts, rates, strict=True)]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Returns the trained tensors θ."""
+        """Return the trained tensors θ."""
         return list(self.tensors("trained").values())
 
     @contextmanager
     def using(self, name: Name) -> Iterator[None]:
-        """Makes the named model active inside a `with` block, and the previous one again after it.
+        """Make the named model active inside a `with` block, and the previous one again after it.
 
-        A graph built inside the block must also be back-propagated inside it, since checkpointed steps are
-        computed again in the backward pass.
+        A graph that is built inside the block must also be back-propagated inside it, because the backward pass
+        computes checkpointed steps again.
 
         Args:
-            name: The model to use: `original`, `trained` or `ema`.
+            name: Model to use: `original`, `trained` or `ema`.
         """
         previous = self.active
         self.switch(name)
@@ -150,10 +154,10 @@ class Adapter(ABC):
             self.switch(previous)
 
     def switch(self, name: Name) -> None:
-        """Makes the named model active until further notice.
+        """Make the named model active until further notice.
 
         Args:
-            name: The model to use: `original`, `trained` or `ema`.
+            name: Model to use: `original`, `trained` or `ema`.
 
         Raises:
             ValueError: If there is no such model.
@@ -169,42 +173,42 @@ class Adapter(ABC):
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        """Moves the average: θ_ema ← decay θ_ema + (1 - decay) θ.
+        """Move the average: θ_ema ← decay θ_ema + (1 - decay) θ.
 
         Args:
-            decay: How much of the average stays, in [0, 1].
+            decay: Weight of the previous average, in [0, 1].
         """
         torch._foreach_lerp_(list(self.tensors("ema").values()), self.parameters(), 1 - decay)
 
     def state_dict(self, name: Name) -> dict[str, Tensor]:
-        """Returns a copy of the tensors of `trained` or `ema`, on the CPU."""
+        """Return a copy of the tensors of `trained` or `ema`, on the CPU."""
         return {key: tensor.detach().cpu().clone() for key, tensor in self.tensors(name).items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor], name: Name) -> None:
-        """Copies tensors into `trained` or `ema`.
+        """Copy tensors into `trained` or `ema`.
 
         Args:
-            state: What `state_dict` returned, or what an exported file holds.
-            name: Which tensors to overwrite.
+            state: Result of `state_dict`, or the content of an exported file.
+            name: Tensors to overwrite.
 
         Raises:
             ValueError: If the names or shapes are not those of this adapter.
         """
         tensors = self.tensors(name)
-        if state.keys() != tensors.keys():
-            odd = sorted(state.keys() ^ tensors.keys())
-            raise ValueError(f"the state is of another adapter: {len(odd)} tensors do not match, such as {odd[0]}")
+        if different := sorted(state.keys() ^ tensors.keys()):
+            count = f"{len(different)} tensors do not match, such as {different[0]}"
+            raise ValueError(f"the state belongs to another adapter: {count}")
         for key, tensor in tensors.items():
             if state[key].shape != tensor.shape:
                 shapes = f"{tuple(tensor.shape)}, but got {tuple(state[key].shape)}"
-                raise ValueError(f"the state is of another adapter: {key} must have the shape {shapes}")
+                raise ValueError(f"the state belongs to another adapter: {key} must have the shape {shapes}")
         for key, tensor in tensors.items():
             tensor.copy_(state[key])
 
 
 def checked_rate(learning_rate: float | None) -> float | None:
-    """Returns a part's own learning rate.
+    """Return the learning rate of an adapter.
 
     Raises:
         ValueError: If it is negative.
@@ -212,3 +216,14 @@ def checked_rate(learning_rate: float | None) -> float | None:
     if learning_rate is not None and learning_rate < 0:
         raise ValueError(f"`learning_rate` must not be negative, but got {learning_rate}")
     return learning_rate
+
+
+def parts_of(model: TextToImage, *names: str) -> list[Any]:
+    """Return the parts of a model that an adapter needs, such as its `tokenizer` and `text_encoder`.
+
+    Raises:
+        ValueError: If the model has no such part.
+    """
+    if missing := [name for name in names if not hasattr(model, name)]:
+        raise ValueError(f"the text-to-image model has no {' and no '.join(missing)}: choose another adapter")
+    return [getattr(model, name) for name in names]

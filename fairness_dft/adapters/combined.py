@@ -14,18 +14,27 @@ class Combined(Adapter):
     """Several adapters, trained together.
 
     Args:
-        parts: The adapters, of different kinds; by default LoRA in the text encoder and the U-Net.
+        parts: Adapters of different classes; by default LoRA in the text encoder and the U-Net.
 
     Raises:
-        ValueError: If there is none, or two of a kind.
+        ValueError: If there is no adapter, or two have the same class.
+
+    Example:
+        >>> from fairness_dft.diffusion import StableDiffusion
+        >>> model = StableDiffusion("data/portraits/pipeline")
+        >>> model.load()
+        >>> adapter = Combined([TextEncoderLoRA(rank=4), UNetLoRA(rank=4, learning_rate=1e-5)])
+        >>> adapter.attach(model)
+        >>> [group["lr"] for group in adapter.parameter_groups(learning_rate=5e-5)]
+        [5e-05, 1e-05]
     """
 
     def __init__(self, parts: Sequence[Adapter] | None = None) -> None:
         self._parts = [TextEncoderLoRA(), UNetLoRA()] if parts is None else list(parts)
-        kinds = [type(part).__name__ for part in self._parts]
-        if not kinds or len(set(kinds)) < len(kinds) or any(isinstance(part, Combined) for part in self._parts):
-            got = ", ".join(kinds) or "none"
-            raise ValueError(f"`parts` must be adapters of different kinds, but got {got}")
+        classes = [type(part).__name__ for part in self._parts]
+        if not classes or len(set(classes)) < len(classes) or any(isinstance(part, Combined) for part in self._parts):
+            got = ", ".join(classes) or "none"
+            raise ValueError(f"`parts` must be adapters of different classes, but got {got}")
 
     @property
     @override
@@ -41,7 +50,7 @@ class Combined(Adapter):
     def attach(self, model: TextToImage) -> None:
         for part in self.parts:
             part.attach(model)
-        # PEFT freezes what it does not know, such as a part before it.
+        # PEFT freezes all tensors that are not its own, such as those of a part before it.
         self.switch("trained")
 
     @override

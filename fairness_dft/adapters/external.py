@@ -1,27 +1,31 @@
-"""Adapters that are only looked at: any that diffusers loads, or none.
+"""Adapters for audits only: any files that diffusers loads, or no adapter.
 
-Neither is trained. `ema` and `trained` are the same model, which differs from `original` by what the files hold.
+They are not trained. `ema` and `trained` are the same model, which differs from `original` by the content of the files.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from typing_extensions import override
 
-from fairness_dft.adapters.base import Adapter, Name
+from fairness_dft.adapters.base import Adapter, Name, parts_of
 from fairness_dft.adapters.lora import LoRA
 from fairness_dft.adapters.prompt_prefix import PromptPrefix
 from fairness_dft.diffusion.any_pipeline import AnyPipeline
 from fairness_dft.diffusion.text_to_image import TextToImage
 from fairness_dft.files import one_line, quiet, weights_or_hub
 
+PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")  # of the pipeline that loads the files
+
 
 class NoAdapter(Adapter):
-    """The original model alone."""
+    """No adapter: the base model alone."""
 
     @override
     def attach(self, model: TextToImage) -> None:
@@ -37,90 +41,94 @@ class NoAdapter(Adapter):
 
 
 class DiffusersAdapter(NoAdapter):
-    """LoRA weights and textual inversions, such as `fairness_dft.export` and many trainers write.
+    """LoRA weights and textual inversions, in any layout that diffusers loads, for audits only.
 
-    The words of a textual inversion stand before every prompt but the empty one.
+    The words of a textual inversion stand before every prompt except the empty one.
 
     Args:
-        path: a safetensors file, or a folder with a LoRA, textual inversions, or both; here or on the Hugging Face
-            hub, as owner/repository or owner/repository/file.
+        path: Safetensors file, or folder with a LoRA, textual inversions, or both; on this machine, or on the Hugging
+            Face hub as owner/repository or owner/repository/file.
 
     Raises:
-        ValueError: if there is none, there are several LoRAs, or one cannot be read.
+        ValueError: If there is no such file, there are several LoRAs, or a file cannot be read.
     """
 
     def __init__(self, path: str) -> None:
         self.path = weights_or_hub(path)
         self.files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
-        if (self.path / LoRA.file).is_file():  # others are the same in another layout
+        if (self.path / LoRA.file).is_file():  # other files hold the same adapter in another layout
             self.files = [file for file in self.files if file.name in (LoRA.file, PromptPrefix.file)]
         if not self.files:
             raise ValueError(
-                f"--adapter: {path!r} is no safetensors file, nor a folder with any, nor owner/repository or "
-                "owner/repository/file on the Hugging Face hub"
+                f"--adapter: {path!r} is not a safetensors file, a folder with safetensors files, or "
+                "owner/repository or owner/repository/file on the Hugging Face hub"
             )
-        self.lora = [file for file in self.files if any("lora" in key for key in keys(file))]
+        self.lora = [file for file in self.files if any("lora" in key for key in tensor_names(file))]
         if len(self.lora) > 1:
             names = ", ".join(file.name for file in self.lora)
-            raise ValueError(f"--adapter: {path!r} holds several LoRAs ({names}): name one of these files")
+            raise ValueError(f"--adapter: {path!r} holds several LoRAs ({names}): choose one of these files")
         self.inversions = [file for file in self.files if file not in self.lora]
 
     @override
     def attach(self, model: TextToImage) -> None:
-        from diffusers import StableDiffusionPipeline
-
+        self._model, self._words = model, ""
         if isinstance(model, AnyPipeline):
-            return self._attach_to_pipeline(model)
-        parts = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-        if missing := [part for part in parts if not hasattr(model, part)]:
-            raise ValueError(f"--adapter: the text-to-image model has no {missing[0]}, which diffusers' adapters need")
-        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        self._model = model
-        known = set(model.tokenizer.get_vocab())
-        own = {part: getattr(model, part) for part in parts} | {"scheduler": deepcopy(model.scheduler)}  # it is changed
-        try:
-            with quiet():
-                self._pipeline = StableDiffusionPipeline(**own, **none)
-                for file in self.lora:
-                    self._pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="ema")
-                    self._pipeline.set_adapters("ema")
-                    self._check_fits(file)
-                for file in self.inversions:
-                    self._pipeline.load_textual_inversion(str(file.parent), weight_name=file.name)
-        except Exception as error:  # each layout raises its own
-            raise ValueError(f"--adapter: {str(self.path)!r} does not fit the model: {one_line(error)}") from error
-        words = sorted(set(model.tokenizer.get_vocab()) - known, key=model.tokenizer.get_vocab().get)
-        self._words = "".join(f"{word} " for word in words)
+            self._attach_to_pipeline(model)
+        else:
+            self._attach_to_parts(dict(zip(PARTS, parts_of(model, *PARTS), strict=True)))
         self.switch("ema")
         model.requires_grad_(False)
 
     def _attach_to_pipeline(self, model: AnyPipeline) -> None:
         if self.inversions:
-            raise ValueError(f"--adapter: {self.inversions[0].name!r} is no LoRA, the only adapter of an AnyPipeline")
-        self._model, self._pipeline, self._words = model, model.pipeline, ""
+            name = self.inversions[0].name
+            raise ValueError(f"--adapter: {name!r} is not a LoRA, the only adapter that an AnyPipeline takes")
+        with self._loading():
+            self._load_lora(model.pipeline)
+
+    def _attach_to_parts(self, parts: dict[str, Any]) -> None:
+        from diffusers import StableDiffusionPipeline
+
+        tokenizer = parts["tokenizer"]
+        known = set(tokenizer.get_vocab())
+        parts |= {"scheduler": deepcopy(parts["scheduler"])}  # the pipeline changes its settings
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        with self._loading():
+            pipeline = StableDiffusionPipeline(**parts)
+            self._load_lora(pipeline)
+            for file in self.inversions:
+                pipeline.load_textual_inversion(str(file.parent), weight_name=file.name)
+        vocabulary = tokenizer.get_vocab()
+        self._words = "".join(f"{word} " for word in sorted(set(vocabulary) - known, key=vocabulary.__getitem__))
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Turn any failure into one line; each layout of files raises its own error."""
         try:
             with quiet():
-                for file in self.lora:
-                    model.pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="ema")
-                    model.pipeline.set_adapters("ema")
-                    self._check_fits(file)
-        except Exception as error:  # each layout raises its own
+                yield
+        except Exception as error:
             raise ValueError(f"--adapter: {str(self.path)!r} does not fit the model: {one_line(error)}") from error
-        self.switch("ema")
-        model.requires_grad_(False)
+
+    def _load_lora(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        for file in self.lora:
+            pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="ema")
+            pipeline.set_adapters("ema")
+            self._check_fits(file)
 
     def _check_fits(self, file: Path) -> None:
-        """Every matrix of the LoRA must have found its layer; diffusers leaves out, in silence, those that do not.
+        """Check that every matrix of the LoRA has its layer in the model; diffusers silently skips those without.
 
         Raises:
-            ValueError: if one did not.
+            ValueError: If a matrix has no layer.
         """
-        held = [key for key in keys(file) if re.search(r"lora[_.](A|B|down|up)\b|_lora\.(down|up)\b", key)]
+        names = [name for name in tensor_names(file) if re.search(r"lora[_.](A|B|down|up)\b|_lora\.(down|up)\b", name)]
         used = [name for name, _ in self._model.named_parameters() if re.search(r"\.lora_[AB]\.ema\.", name)]
-        if len(used) < len(held):
+        if len(used) < len(names):
             raise ValueError(
-                f"only {len(used)} of the {len(held)} matrices of {file.name} find a layer in it; "
-                "it was made for another base model"
+                f"only {len(used)} of the {len(names)} matrices of {file.name} have a layer in the model; "
+                "the LoRA was made for another base model"
             )
 
     @override
@@ -131,11 +139,11 @@ class DiffusersAdapter(NoAdapter):
             self._pipeline.enable_lora() if used else self._pipeline.disable_lora()
 
 
-def keys(file: Path) -> Sequence[str]:
-    """Names of the tensors of a safetensors file.
+def tensor_names(file: Path) -> Sequence[str]:
+    """Return the names of the tensors in a safetensors file.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: If it is not a safetensors file.
     """
     try:
         with safe_open(file, framework="pt") as opened:

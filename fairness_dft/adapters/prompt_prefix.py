@@ -1,6 +1,6 @@
-"""A soft prompt prefix: what is trained are n token embeddings before those of the prompt, v_1 … v_n P.
+"""A soft prompt prefix: n trained token embeddings before those of the prompt, v_1 … v_n P.
 
-The empty prompt ∅ of classifier-free guidance is left as it is.
+The empty prompt ∅ of classifier-free guidance gets no prefix.
 
 References:
     The Power of Scale for Parameter-Efficient Prompt Tuning (Lester et al., 2021). https://arxiv.org/abs/2104.08691
@@ -13,22 +13,36 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fairness_dft.adapters.base import Adapter, Name, checked_rate
+from fairness_dft.adapters.base import Adapter, Name, checked_rate, parts_of
+from fairness_dft.diffusion.diffusers_model import token_limit
 from fairness_dft.diffusion.text_to_image import TextToImage
 
 
 class PromptPrefix(Adapter):
-    """Soft tokens before every prompt but the empty one; exported as a textual inversion.
+    """Trained tokens before every prompt except the empty one; exported as a textual inversion.
 
-    Where the prompt fills the text encoder's length, its end is cut off to make room.
+    If a prompt fills the length that the text encoder reads, its end is truncated to make room.
 
     Args:
-        length: The number n of tokens.
-        token: The word that stands for them, in a prompt of another program.
-        learning_rate: The learning rate of this part; that of the run by default.
+        length: Number n of tokens.
+        token: Word that stands for the tokens in the prompts of other programs.
+        learning_rate: Learning rate of this adapter; by default that of the run.
 
     Raises:
-        ValueError: If the length is not positive, the token has another form or the learning rate is negative.
+        ValueError: If the length is not positive, the token is not a word in angle brackets, or the learning rate is
+            negative.
+
+    Example:
+        >>> from fairness_dft.diffusion import StableDiffusion
+        >>> model = StableDiffusion("data/portraits/pipeline")
+        >>> model.load()
+        >>> adapter = PromptPrefix(length=2)
+        >>> adapter.attach(model)
+        >>> model.prefix
+        '<fair> <fair>_1 '
+        >>> with adapter.using("original"):
+        ...     model.prefix
+        ''
     """
 
     file = "learned_embeds.safetensors"
@@ -44,22 +58,22 @@ class PromptPrefix(Adapter):
 
     @override
     def attach(self, model: TextToImage) -> None:
-        tokenizer, text_encoder = getattr(model, "tokenizer", None), getattr(model, "text_encoder", None)
-        if tokenizer is None or text_encoder is None:
-            raise ValueError("the text-to-image model has no tokenizer and text encoder: choose another adapter")
-        most = (min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings) - 2) // 2
+        tokenizer, text_encoder = parts_of(model, "tokenizer", "text_encoder")
+        most = (token_limit(tokenizer, text_encoder) - 2) // 2
         if self.length > most:
-            raise ValueError(f"`length` must be at most {most}, half of what the text encoder reads, got {self.length}")
+            raise ValueError(
+                f"`length` must be at most {most}, half of what the text encoder reads, but got {self.length}"
+            )
         words = [self.token, *(f"{self.token}_{i}" for i in range(1, self.length))]  # as diffusers names them
         if known := set(words) & tokenizer.get_vocab().keys():
             raise ValueError(f"`token` must be a new word, but the tokenizer knows {', '.join(sorted(known))}")
-        # In a vocabulary's own order, every process would draw other words.
+        # Sorted, because the order of a vocabulary may differ between processes, which must draw the same words.
         whole = [index for word, index in sorted(tokenizer.get_vocab().items()) if re.fullmatch(r"[a-z]+</w>", word)]
-        drawn = [whole[i] for i in torch.randint(len(whole), (self.length,)).tolist()]
+        start = [whole[i] for i in torch.randint(len(whole), (self.length,)).tolist()]
         first = len(tokenizer)
         tokenizer.add_tokens(words)
         self._model, self._words = model, " ".join(words) + " "
-        self._embedding = PrefixEmbedding(text_encoder.get_input_embeddings(), first, drawn)
+        self._embedding = PrefixEmbedding(text_encoder.get_input_embeddings(), first, start)
         text_encoder.set_input_embeddings(self._embedding)
         self.switch("trained")
 
@@ -74,19 +88,20 @@ class PromptPrefix(Adapter):
 
 
 class PrefixEmbedding(nn.Module):
-    """The token embedding of a text encoder, with further rows for soft tokens.
+    """The token embedding of a text encoder, with additional rows for soft tokens.
 
     Args:
-        words: The frozen embedding of the words.
-        first: The index of the first soft token.
-        drawn: The words at whose embeddings the soft tokens start.
+        words: Frozen embedding of the words.
+        first: Index of the first soft token.
+        start: Indices of the words from whose embeddings the soft tokens start.
     """
 
-    def __init__(self, words: nn.Embedding, first: int, drawn: Sequence[int]) -> None:
+    def __init__(self, words: nn.Embedding, first: int, start: Sequence[int]) -> None:
         super().__init__()
-        self.words, self.first, self.active = words, first, "trained"
-        start = words.weight[list(drawn)].detach().float()
-        self.prefixes = nn.ParameterDict({name: nn.Parameter(start.clone()) for name in ("trained", "ema")})
+        self.words, self.first = words, first
+        self.active: Name = "trained"
+        rows = words.weight[list(start)].detach().float()
+        self.prefixes = nn.ParameterDict({name: nn.Parameter(rows.clone()) for name in ("trained", "ema")})
 
     @property
     def weight(self) -> Tensor:
@@ -95,7 +110,7 @@ class PrefixEmbedding(nn.Module):
 
     @override
     def forward(self, tokens: Tensor) -> Tensor:
-        """Embeds token indices with shape (B, L), as float with shape (B, L, D)."""
+        """Embed token indices with shape (B, L), as float with shape (B, L, D)."""
         embeddings, soft = self.words(tokens.clamp(max=self.first - 1)), tokens >= self.first
         if self.active == "original" or not soft.any():
             return embeddings

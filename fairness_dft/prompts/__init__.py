@@ -1,4 +1,4 @@
-"""The prompts P and the noise seeds of their images."""
+"""Prompts P and the noise seeds of their images."""
 
 from fairness_dft.prompts.datamodule import (
     DescriptorPrompts,

@@ -1,4 +1,4 @@
-"""Batches of one prompt P with the noise seeds of its N images, reproducible and shared by all ranks."""
+"""Batches: one prompt P with the noise seeds of its N images, reproducible and the same on all ranks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,13 +23,13 @@ STREAMS = {"train": Stream.TRAIN, "validation": Stream.VALIDATION, "test": Strea
 
 @dataclass(kw_only=True)
 class PromptBatch:
-    """What one step works on; seeds come last, because Lightning warns of a number after a tensor.
+    """The input of one step; seeds come last, because Lightning warns about a number after a tensor.
 
     Attributes:
-        prompt: the prompt P, the same on every rank.
-        index: position of the prompt in its split.
-        noise_set: which of this prompt's sets of noises it is, where they come again; None for fresh noise.
-        seeds: one noise seed for each image of this rank, with shape (N / world size,), int64, non-negative.
+        prompt: The prompt P, the same on every rank.
+        index: The position of the prompt in its split.
+        noise_set: The number of this set of seeds in the prompt's noise pool; None for fresh noise.
+        seeds: One noise seed for each image of this rank, with shape (N / world size,), int64, non-negative.
     """
 
     prompt: Prompt
@@ -38,19 +39,19 @@ class PromptBatch:
 
     @property
     def is_repeated(self) -> bool:
-        """Whether this prompt comes with these seeds again, so that it pays to remember the originals."""
+        """Whether this prompt comes with these seeds again, so that it pays to cache the base model's images."""
         return self.noise_set is not None
 
 
 def noise_seeds(seed: int, split: str, epoch: int, position: int, count: int) -> Tensor:
-    """Hashes a place in the run into the noise seeds of its images.
+    """Hash a place in the run into the noise seeds of its images.
 
     Args:
-        seed: the seed of the run, non-negative.
+        seed: Seed of the run, non-negative.
         split: "train", "validation" or "test"; no two of them share a stream.
-        epoch: the epoch e; 0 in evaluation.
-        position: the position k of the batch in its epoch.
-        count: N; the first seeds do not depend on it.
+        epoch: Epoch e; 0 in evaluation.
+        position: Position k of the batch in its epoch.
+        count: Number N of images; the first seeds do not depend on it.
 
     Returns:
         The seeds s_1, ..., s_N, with shape (N,), int64, in [0, 2^63).
@@ -60,18 +61,18 @@ def noise_seeds(seed: int, split: str, epoch: int, position: int, count: int) ->
 
 
 class PromptLoader:
-    """Yields one `PromptBatch` a prompt: fixed order, fixed seeds.
+    """Yield one `PromptBatch` per prompt, in a fixed order and with fixed seeds.
 
-    A plain iterable and no `DataLoader`, into which Lightning would put a distributed sampler and whose
-    missing workers it would warn about, although there is nothing to load.
+    This is a plain iterable and not a `DataLoader`: Lightning would add a distributed sampler to a `DataLoader` and
+    warn about its missing workers, although there is nothing to load.
 
     Args:
-        prompts: the prompts of the split.
+        prompts: Prompts of the split.
         split: "train", "validation" or "test".
-        seed: the seed of the run.
-        images_per_prompt: N, over all ranks.
-        rank: the index of this process.
-        world_size: the number of processes, which N must divide by.
+        seed: Seed of the run.
+        images_per_prompt: Number N of images, over all ranks.
+        rank: Index of this process.
+        world_size: Number of processes; N must be a multiple of it.
     """
 
     def __init__(
@@ -99,24 +100,25 @@ class PromptLoader:
             yield self.batch(epoch=0, position=index, index=index)
 
     def batch(self, epoch: int, position: int, index: int) -> PromptBatch:
-        """Makes this rank's part of the batch with prompt `index` at `position` k of `epoch` e."""
+        """Return this rank's part of the batch with prompt `index` at `position` k of `epoch` e."""
         seeds = noise_seeds(self.seed, self.split, epoch, position, self.images_per_prompt)
         seeds = seeds.view(self.world_size, -1)[self.rank].clone()
         return PromptBatch(prompt=self.prompts[index], index=index, seeds=seeds)
 
 
 class TrainingPromptLoader(PromptLoader):
-    """Yields the training prompts in another order every epoch, with fresh seeds or seeds from a pool.
+    """Yield the training prompts in a new order every epoch, with fresh seeds or seeds from a pool.
 
-    The batches are one endless stream, of which each iteration takes the next `len(self)`. Whatever ends an
-    epoch early, be it `limit_train_batches` or an interruption, the next one goes on from there.
+    The batches are one endless stream, and each iteration takes the next `len(self)` batches. If an epoch ends early,
+    because of `limit_train_batches` or an interruption, the next epoch continues from there.
 
     Args:
-        repeats: how many times each prompt comes in an epoch.
-        start: how many batches of the stream were trained on before.
-        prompts: the training prompts; this and the rest as in `PromptLoader`.
-        noise_pool: how many sets of N seeds each prompt has, of which every batch draws one; fresh seeds
-            for every batch if left out.
+        repeats: Number of times that each prompt comes in an epoch.
+        start: Number of batches of the stream that were trained on before.
+        prompts: Training prompts.
+        noise_pool: Number of sets of N seeds that each prompt has; each batch draws one set. None for fresh seeds in
+            every batch.
+        **loader: Remaining arguments of `PromptLoader`.
     """
 
     def __init__(
@@ -150,33 +152,33 @@ class TrainingPromptLoader(PromptLoader):
         chosen = int(hashed_words(self.seed, (Stream.NOISE_POOL, epoch, position), 1)[0] % self.noise_pool)
         return replace(super().batch(epoch=chosen, position=index, index=index), noise_set=chosen)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Returns π_e, the prompt index at every position of an epoch, with shape (len(self),)."""
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Return π_e, the prompt index at every position of an epoch, with shape (len(self),)."""
         return self.slots[np.argsort(hashed_words(self.seed, (Stream.ORDER, epoch), len(self)), kind="stable")]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns nothing; to have the method tells Lightning that the loader can resume in mid-epoch.
+        """Return an empty state: the method only shows Lightning that the loader can resume in mid-epoch.
 
-        The data module starts the loader at the trainer's own count. A position stored here would be one too
-        far in a checkpoint written by an exception in mid-batch, and Lightning would not load it from one
-        written at the end of an epoch.
+        The data module starts the loader at the trainer's own count. A position stored here would be one too far in
+        the checkpoint of an exception in mid-batch, and Lightning would not load it from a checkpoint of the end of
+        an epoch.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Has nothing to load."""
+        """Ignore the empty state."""
 
 
 def check_divides(split: str, images: int, world_size: int) -> None:
-    """Refuse a number of images that does not divide evenly among the ranks.
+    """Check that a number of images divides evenly among the ranks.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: If it does not.
     """
     if images % world_size:
         below = images - images % world_size
         nearest = " or ".join(str(count) for count in (below, below + world_size) if count)
         raise ValueError(
-            f"{IMAGES[split]} counts the images of all {world_size} processes together and must"
-            f" divide by {world_size}, but is {images}; the nearest to choose: {nearest}"
+            f"{IMAGES[split]} counts the images of all {world_size} processes together and must be"
+            f" a multiple of {world_size}, but is {images}; the nearest: {nearest}"
         )

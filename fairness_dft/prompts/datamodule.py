@@ -1,13 +1,12 @@
 """Prompts and noise: batch k of epoch e is (P, s_1, ..., s_N), P = P_π_e(k), s_i = h(seed, split, e, k, i).
 
-One step of the method samples N images of one prompt P, because a target distribution means something only
-over several images of the same prompt. N is `images_per_prompt`, over all ranks together; π_e (`order`) is a
-permutation that depends on seed and epoch alone; h (`noise_seeds`) is a counter-based hash, so that any batch
-can be made again without those before it. Every rank sees the same prompt and takes its contiguous slice of
-the seeds.
+One step of the method samples N images of one prompt P, because a target distribution has a meaning only over several
+images of the same prompt. N is `images_per_prompt`, over all ranks together; π_e (`order`) is a permutation that
+depends on seed and epoch alone; h (`noise_seeds`) is a counter-based hash, so that any batch can be computed without
+the batches before it. Every rank sees the same prompt and takes its contiguous slice of the seeds.
 
-"Finetuning Text-to-Image Diffusion Models for Fairness", Shen, Du, Pang, Lin, Wong and Kankanhalli, 2024,
-https://arxiv.org/abs/2311.07604
+References:
+    Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024). https://arxiv.org/abs/2311.07604
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing_extensions import override
 
 from fairness_dft.files import resolve
 from fairness_dft.prompts.batches import IMAGES, PromptLoader, TrainingPromptLoader, check_divides
-from fairness_dft.prompts.files import SPLITS, Prompt, PromptList, lines, normalise
+from fairness_dft.prompts.files import SPLITS, Prompt, PromptList, lines, normalize
 
 PAPER_FILES = [
     f"data/prompts/{name}.json" for name in ("occupations", "occupations_in_context", "descriptors", "sports")
@@ -27,31 +26,40 @@ PAPER_WEIGHTS = [1, 6, 20, 4]
 
 
 class PromptModule(LightningDataModule):
-    """Prompts from files; a batch is one prompt with N noise seeds, the same on every run with the same seed.
+    """Prompts from files; each batch is one prompt with N noise seeds, and the same seed gives the same batches.
 
     Args:
-        files: prompt files, JSON or plain text, relative to the current directory or to the repository; of several, not
-            all need prompts for validation or test.
-        weights: how many times the training prompts of each file come in an epoch, one number a file; once
-            if left out.
-        images_per_prompt: images of a prompt in a training step, over all processes together.
-        validation_images_per_prompt: images of a validation prompt, over all processes together.
-        test_images_per_prompt: images of a test prompt, over all processes together.
-        train_prompts: only the first so many training prompts of each file.
-        validation_prompts: only the first so many validation prompts of each file.
-        test_prompts: only the first so many test prompts of each file.
-        train_subjects: plain text file with the subjects to train on, one a line; training prompts about
-            anything else are left out, validation and test are not changed.
-        noise_pool: how many sets of N noises each training prompt has. Training then meets the same noise
-            again, and the original's images are judged only once; but a small pool is remembered, so that
-            fresh noise stays less fair. Fresh noise in every step if left out.
-        seed: what the order of the prompts and the noise are derived from.
+        files: Prompt files, JSON or plain text, relative to the current directory or to the repository. Only one of
+            several files needs prompts for validation and test.
+        weights: Number of times that the training prompts of each file come in an epoch, one number per file; 1 by
+            default.
+        images_per_prompt: Images per prompt in a training step, over all processes together.
+        validation_images_per_prompt: Images per validation prompt, over all processes together.
+        test_images_per_prompt: Images per test prompt, over all processes together.
+        train_prompts: Number of training prompts to use from each file; all by default.
+        validation_prompts: Number of validation prompts to use from each file; all by default.
+        test_prompts: Number of test prompts to use from each file; all by default.
+        train_subjects: Plain text file with the subjects to train on, one per line. Training prompts about other
+            subjects are left out; validation and test stay the same.
+        noise_pool: Number of sets of N noise seeds for each training prompt. With a pool, training repeats the same
+            noise and classifies the base model's images only once, but it may overfit to a small pool and become less
+            fair on fresh noise. By default, every step has fresh noise.
+        seed: Seed of the order of the prompts and of the noise.
 
     Attributes:
-        tested: the split that is tested, another than "test" for an audit; with as many images of a prompt as a test.
+        tested: The split that is tested; an audit may choose another one than "test". The number of images per prompt
+            is always that of a test.
 
     Raises:
-        ValueError: if a file is malformed or a number out of range.
+        ValueError: If a file is malformed or a number is out of range.
+
+    Example:
+        >>> data = PromptModule(["data/prompts/sports.json"], images_per_prompt=4, seed=0)
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch.seeds.shape
+        torch.Size([4])
+        >>> batch.prompt == data.prompts("train")[batch.index]
+        True
     """
 
     def __init__(
@@ -83,19 +91,19 @@ class PromptModule(LightningDataModule):
         _check_at_least(1, **{f"{split}_prompts": count for split, count in self.limits.items()})
         _check_at_least(1, files=len(files), weights=min(self.weights, default=1))
         if len(self.weights) != len(files):
-            raise ValueError(f"weights must be one number a file, but {len(files)} files have {len(self.weights)}")
+            raise ValueError(f"weights must be one number per file, but {len(files)} files have {len(self.weights)}")
         self.lists = [PromptList.from_file(file) for file in files]
         self.train_subjects = train_subjects and resolve(train_subjects)
-        self.kept = {normalise(line) for line in lines(self.train_subjects)} if self.train_subjects else None
+        self._subjects = {normalize(line) for line in lines(self.train_subjects)} if self.train_subjects else None
 
     def prompts(self, split: str) -> list[Prompt]:
-        """Returns the prompts of a split, file after file; `PromptBatch.index` counts them in this order.
+        """Return the prompts of a split, file after file; `PromptBatch.index` counts them in this order.
 
         Args:
             split: "train", "validation" or "test".
 
         Raises:
-            ValueError: if no file has such a split, or one has none to train on, or `train_subjects` leaves no prompt.
+            ValueError: If no file has this split, a file has no training prompts, or `train_subjects` leaves no prompt.
         """
         return [prompt for prompt, _ in self._weighted(split)]
 
@@ -104,29 +112,29 @@ class PromptModule(LightningDataModule):
         needed = split == "train" or all(split not in prompt_list.splits for prompt_list in self.lists)
         for prompt_list, weight in zip(self.lists, self.weights, strict=True):
             if split not in prompt_list.splits and not needed:
-                continue  # the others' will do
+                continue  # other files have this split
             chosen = [prompt for prompt in prompt_list.split(split) if self._keeps(prompt, split)]
             pairs += [(prompt, weight) for prompt in chosen[: self.limits[split]]]
         if not pairs:
             paths = ", ".join(str(prompt_list.path) for prompt_list in self.lists)
             raise ValueError(
-                f"{self.train_subjects}: names no training subject of {paths}; to train on all of them,"
-                " give --data.init_args.train_subjects null, or else a file with one subject a line"
+                f"{self.train_subjects}: names no training subject of {paths}; give a file with one of them per line,"
+                " or --data.init_args.train_subjects null to train on all of them"
             )
         return pairs
 
     def _keeps(self, prompt: Prompt, split: str) -> bool:
-        return split != "train" or self.kept is None or normalise(prompt.subject) in self.kept
+        return split != "train" or self._subjects is None or normalize(prompt.subject) in self._subjects
 
     def check(self, splits: Sequence[str], processes: int) -> None:
-        """Refuses at once what would otherwise end a run in the middle.
+        """Check before a run what would otherwise end it in the middle; this changes nothing.
 
         Args:
-            splits: those that the run will use.
-            processes: how many of them share the images of a prompt.
+            splits: Splits that the run uses.
+            processes: Number of processes that share the images of a prompt.
 
         Raises:
-            ValueError: if one of the splits is lacking, or a number of images does not divide.
+            ValueError: If a split is missing, or a number of images does not divide evenly among the processes.
         """
         for split in splits:
             self.prompts(split)
@@ -135,7 +143,7 @@ class PromptModule(LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Refuses numbers of images that do not divide by the number of processes, before anything runs.
+        """Check that the numbers of images divide evenly among the processes, before anything runs.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
@@ -146,19 +154,19 @@ class PromptModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> TrainingPromptLoader:
-        """Returns the training prompts from where the trainer stands: 0, or where it was interrupted."""
+        """Return the training prompts from the trainer's current batch on: 0, or where it was interrupted."""
         prompts, repeats = zip(*self._weighted("train"), strict=True)
         start = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
         return TrainingPromptLoader(repeats, start, prompts, self.noise_pool, **self._loader_settings("train"))
 
     @override
     def val_dataloader(self) -> PromptLoader:
-        """Returns the validation prompts."""
+        """Return the validation prompts."""
         return PromptLoader(self.prompts("validation"), "validation", **self._loader_settings("validation"))
 
     @override
     def test_dataloader(self) -> PromptLoader:
-        """Returns the prompts of the split `tested`."""
+        """Return the prompts of the split `tested`."""
         return PromptLoader(self.prompts(self.tested), "test", **self._loader_settings("test"))
 
     def _loader_settings(self, split: str) -> dict[str, int]:
@@ -175,10 +183,17 @@ def _check_at_least(least: int, **numbers: int | None) -> None:
 
 
 class OccupationPrompts(PromptModule):
-    """Occupations: 948 to train on, and the 10 validation and 50 test occupations of the paper.
+    """Portraits of occupations: 948 for training, and the 10 validation and 50 test occupations of the paper.
 
     Args:
-        file: prompt file, JSON or plain text.
+        file: Prompt file, JSON or plain text.
+        **kwargs: Arguments of `PromptModule`.
+
+    Example:
+        >>> data = OccupationPrompts(test_images_per_prompt=2)
+        >>> batches = list(data.test_dataloader())
+        >>> len(batches), batches[2].prompt.text
+        (50, 'A photo of the face of a ticket taker, a person')
     """
 
     def __init__(self, file: str = "data/prompts/occupations.json", **kwargs: Any) -> None:
@@ -186,10 +201,15 @@ class OccupationPrompts(PromptModule):
 
 
 class SportPrompts(PromptModule):
-    """People doing a sport.
+    """Portraits of people who do a sport.
 
     Args:
-        file: prompt file, JSON or plain text.
+        file: Prompt file, JSON or plain text.
+        **kwargs: Arguments of `PromptModule`.
+
+    Example:
+        >>> [prompt.concept for prompt in SportPrompts(test_prompts=1).prompts("test")]
+        ['sport']
     """
 
     def __init__(self, file: str = "data/prompts/sports.json", **kwargs: Any) -> None:
@@ -197,10 +217,15 @@ class SportPrompts(PromptModule):
 
 
 class DescriptorPrompts(PromptModule):
-    """People described by an adjective.
+    """Portraits of people who are described by an adjective.
 
     Args:
-        file: prompt file, JSON or plain text.
+        file: Prompt file, JSON or plain text.
+        **kwargs: Arguments of `PromptModule`.
+
+    Example:
+        >>> [prompt.concept for prompt in DescriptorPrompts(test_prompts=1).prompts("test")]
+        ['descriptor']
     """
 
     def __init__(self, file: str = "data/prompts/descriptors.json", **kwargs: Any) -> None:
@@ -208,11 +233,16 @@ class DescriptorPrompts(PromptModule):
 
 
 class MixedPrompts(PromptModule):
-    """Several concepts in one run, by default the paper's four, weighted to come about equally often.
+    """Several concepts in one run: by default the four of the paper, with weights that make them equally frequent.
 
     Args:
-        files: prompt files, JSON or plain text.
-        weights: how many times the training prompts of each file come in an epoch, one number a file.
+        files: Prompt files, JSON or plain text.
+        weights: Number of times that the training prompts of each file come in an epoch, one number per file.
+        **kwargs: Arguments of `PromptModule`.
+
+    Example:
+        >>> [prompt.concept for prompt in MixedPrompts(test_prompts=1).prompts("test")]
+        ['occupation', 'occupation in context', 'descriptor', 'sport']
     """
 
     def __init__(self, files: list[str] = PAPER_FILES, weights: list[int] = PAPER_WEIGHTS, **kwargs: Any) -> None:

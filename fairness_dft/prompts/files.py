@@ -1,7 +1,7 @@
-"""Prompt files: text in, the prompts of every split out, or one line that says what to change in the file.
+"""Prompt files: read the prompts of every split, or fail with one line that says what to change in the file.
 
-A file is checked as a whole before anything is loaded: an unknown key, a template without its placeholder and
-a prompt that would be both trained on and evaluated are refused. `PromptList` shows the format.
+A file is checked as a whole before anything is loaded: an unknown key, a template without its placeholder, and a
+prompt that is in both training and evaluation are errors. `PromptList` shows the format.
 """
 
 import json
@@ -20,11 +20,12 @@ class Prompt(NamedTuple):
     """A complete prompt; a named tuple, because Lightning refuses to move frozen dataclasses between devices.
 
     Attributes:
-        text: what the text encoder reads, "A photo of the face of a chef, a person".
-        subject: what the prompt is about, "chef".
-        concept: the kind of subject, "occupation".
-        names: what the prompt says of the person, ("gender", "woman") and so on; a model that obeys shows it. None for
-            a class means that it names the attribute by a word that classifiers do not know.
+        text: The text that the text encoder reads, "A photo of the face of a chef, a person".
+        subject: The subject of the prompt, "chef".
+        concept: The category of the subject, "occupation".
+        names: The classes that the prompt specifies, such as ("gender", "woman"); prompt adherence measures whether
+            images show them. None as a class means that the prompt specifies the attribute by a word that is not a
+            class of the classifiers.
     """
 
     text: str
@@ -37,24 +38,24 @@ class Prompt(NamedTuple):
 class PromptList:
     """The prompts of one file, by split.
 
-    In a JSON file every entry goes through every template, in whose place stands the concept in braces:
+    In a JSON file, every entry fills every template, at the placeholder that is the concept in braces:
 
         {"concept": "occupation", "source": "...", "licence": "...",
          "templates": ["A photo of the face of a {occupation}, a person"],
          "train": ["chef", "pilot"], "validation": ["librarian"], "test": ["senator"]}
 
-    An entry may also be a complete prompt, {"subject": "chef", "text": "A chef in a kitchen, watercolour"}. One
-    that names attributes may say so, by the names of the classifiers' heads and classes; then it is measured
-    whether a model obeys, and in training it is what the prompt is trained towards, where it is aligned:
-    {"subject": "chef", "text": "An old woman, a chef", "names": {"gender": "woman"}}.
-    A class of null tells that it is named by another word: the prompt then only counts in no bias of that attribute,
-    and is not for training, if that is aligned.
-    A file may leave out source, licence, and splits it has no use for. A file of any other type is plain text
-    with one complete prompt a line, where "#" starts a comment line, and serves every split.
+    An entry may also be a complete prompt, {"subject": "chef", "text": "A chef in a kitchen, watercolor"}. If its text
+    specifies attributes, `names` can say which, in the words of the classifiers' heads and classes:
+    {"subject": "chef", "text": "An old woman, a chef", "names": {"gender": "woman"}}. Prompt adherence is then
+    measured, and training aligns the prompt with the class that it names. A class of null means that the text
+    specifies the attribute by another word: the prompt is then left out of the bias of that attribute, and training
+    that aligns the attribute rejects it.
+    A file may leave out source, licence, and any split that is not needed. A file of any other type is plain text with
+    one complete prompt per line, where "#" starts a comment line; its prompts are in every split.
 
     Attributes:
-        path: where the prompts came from.
-        splits: the prompts of each split that the file has, in the order of the file.
+        path: The file of the prompts.
+        splits: The prompts of each split that the file has, in the order of the file.
     """
 
     path: Path
@@ -62,13 +63,13 @@ class PromptList:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "PromptList":
-        """Reads a prompt file.
+        """Read a prompt file.
 
         Args:
-            path: a JSON or plain text file, found by `resolve`.
+            path: JSON or plain text file, as `files.resolve` finds it.
 
         Raises:
-            ValueError: if the file cannot be read or is malformed.
+            ValueError: If the file cannot be read or is malformed.
         """
         path = resolve(path)
         if path.suffix.lower() == ".json":
@@ -77,13 +78,13 @@ class PromptList:
         return cls(path, dict.fromkeys(SPLITS, prompts))
 
     def split(self, name: str) -> tuple[Prompt, ...]:
-        """Returns the prompts of a split.
+        """Return the prompts of a split.
 
         Args:
             name: "train", "validation" or "test".
 
         Raises:
-            ValueError: if the file has no such split.
+            ValueError: If the file has no such split.
         """
         if name not in self.splits:
             raise ValueError(
@@ -97,8 +98,8 @@ def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def normalise(text: str) -> str:
-    """Returns a text without what makes no difference: case, and how much white space stands where."""
+def normalize(text: str) -> str:
+    """Return a text in lower case and with single spaces, to compare texts."""
     return " ".join(text.casefold().split())
 
 
@@ -121,21 +122,21 @@ def _read(path: Path) -> str:
 
 
 def lines(path: Path) -> list[str]:
-    """Reads a plain text file with one entry a line.
+    """Read a plain text file with one entry per line.
 
     Args:
-        path: the file.
+        path: Plain text file.
 
     Returns:
-        The lines, stripped, without blank ones and "#" comments; at least one.
+        The stripped lines without blank ones and "#" comments; at least one.
 
     Raises:
-        ValueError: if the file cannot be read or has no entry.
+        ValueError: If the file cannot be read or has no entry.
     """
     entries = [line.strip() for line in _read(path).splitlines()]
     entries = [line for line in entries if line and not line.startswith("#")]
     if not entries:
-        raise ValueError(f"{path}: every line is blank or a comment; add one entry a line")
+        raise ValueError(f"{path}: every line is blank or a comment; add one entry per line")
     return entries
 
 
@@ -145,7 +146,7 @@ def _parse(path: Path) -> dict[str, tuple[Prompt, ...]]:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); correct it there,"
-            " or use a .txt file with one prompt a line"
+            " or use a .txt file with one prompt per line"
         ) from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: must hold one object in braces, with some of the keys {_quoted(KEYS)}")
@@ -156,7 +157,7 @@ def _parse(path: Path) -> dict[str, tuple[Prompt, ...]]:
     splits = {split: _prompts(path, data, split) for split in SPLITS if split in data}
     if not splits:
         raise ValueError(f"{path}: there is no split; add at least one of the lists {_quoted(SPLITS)}")
-    _refuse_overlap(path, splits)
+    _check_overlap(path, splits)
     return splits
 
 
@@ -165,8 +166,8 @@ def _prompts(path: Path, data: dict[str, Any], split: str) -> tuple[Prompt, ...]
     placeholder = f"{{{concept}}}"
     if not isinstance(templates, list) or not all(map(_is_text, templates)):
         raise ValueError(f'{path}: "templates" must be a list of strings, each with {placeholder} in it')
-    if lacking := [template for template in templates if placeholder not in template]:
-        raise ValueError(f"{path}: the template {_quoted(lacking)} lacks its placeholder; write {placeholder} in it")
+    if incomplete := [template for template in templates if placeholder not in template]:
+        raise ValueError(f"{path}: the template {_quoted(incomplete)} has no placeholder; write {placeholder} in it")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{path}: "{split}" must be a list with at least one entry; fill it or leave it out')
     prompts: list[Prompt] = []
@@ -182,8 +183,8 @@ def _prompts(path: Path, data: dict[str, Any], split: str) -> tuple[Prompt, ...]
             prompts.append(Prompt(entry["text"].strip(), entry["subject"].strip(), concept, names))
         else:
             raise ValueError(
-                f'{where} is {entry!r}; write a string or {{"subject": "...", "text": "..."}}, at most with '
-                '"names": {"gender": "woman", ...} besides'
+                f'{where} is {entry!r}; write a string or {{"subject": "...", "text": "..."}}, optionally with '
+                '"names": {"gender": "woman", ...}'
             )
     return tuple(prompts)
 
@@ -192,17 +193,17 @@ def _is_complete(entry: Any) -> bool:
     if not isinstance(entry, dict) or not {"subject", "text"} <= set(entry) <= {"subject", "text", "names"}:
         return False
     names = entry.get("names", {})
-    if not isinstance(names, dict) or not all(kind is None or _is_text(kind) for kind in names.values()):
+    if not isinstance(names, dict) or not all(label is None or _is_text(label) for label in names.values()):
         return False
     return all(map(_is_text, (entry["subject"], entry["text"], *names)))
 
 
-def _refuse_overlap(path: Path, splits: dict[str, tuple[Prompt, ...]]) -> None:
-    home: dict[str, str] = {}
+def _check_overlap(path: Path, splits: dict[str, tuple[Prompt, ...]]) -> None:
+    split_of: dict[str, str] = {}
     for split, prompts in splits.items():
         for prompt in prompts:
-            if (other := home.setdefault(normalise(prompt.text), split)) != split:
+            if (other := split_of.setdefault(normalize(prompt.text), split)) != split:
                 raise ValueError(
                     f'{path}: "{prompt.text}" is in both "{other}" and "{split}"; remove it from one of them,'
-                    " or the evaluation sees what was trained on"
+                    " or the evaluation is not on unseen prompts"
                 )

@@ -1,4 +1,4 @@
-"""Adapters against the algebra of LoRA and EMA, and exported files against the pipeline that reads them."""
+"""Compare adapters with the algebra of LoRA and EMA, and exported files with the pipeline that reads them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,6 @@ from lora import EXPORTED, PROMPTS, load, predict, randomize
 from miniature import PORTRAITS
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from tiny import build_tiny_pipeline
 from torch.testing import assert_close
 
 from fairness_dft.adapters.base import Adapter
@@ -27,16 +26,11 @@ SMALL = {
     "prefix": lambda **options: PromptPrefix(**{"length": 3, **options}),
     "all": lambda: Combined([PromptPrefix(length=2), TextEncoderLoRA(rank=2), UNetLoRA(rank=3)]),
 }
-every_kind = pytest.mark.parametrize("kind", SMALL)
+every_adapter = pytest.mark.parametrize("kind", SMALL)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return build_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
-def attached(folder: Path, kind: str = "text_encoder", **options) -> tuple[StableDiffusion, Adapter]:
-    model, adapter = load(folder), SMALL[kind](**options)
+def attached(tiny_pipeline: Path, kind: str = "text_encoder", **options) -> tuple[StableDiffusion, Adapter]:
+    model, adapter = load(tiny_pipeline), SMALL[kind](**options)
     adapter.attach(model)
     return model, adapter
 
@@ -48,9 +42,9 @@ def flags(adapter: Adapter, name: str) -> set[bool]:
 @pytest.mark.parametrize(
     ("kind", "count"), [("text_encoder", 2 * 6 * 2), ("unet", 4 * 8 * 2), ("both", 2 * 6 * 2 + 4 * 8 * 2)]
 )
-def test_fresh_lora_changes_nothing_and_average_equals_trained(folder: Path, kind: str, count: int) -> None:
-    original = predict(load(folder))
-    model, adapter = attached(folder, kind)
+def test_new_lora_changes_nothing_and_ema_equals_trained(tiny_pipeline: Path, kind: str, count: int) -> None:
+    original = predict(load(tiny_pipeline))
+    model, adapter = attached(tiny_pipeline, kind)
     for name in ("original", "trained", "ema"):
         with adapter.using(name):
             assert_close(predict(model), original, rtol=0, atol=0)
@@ -61,29 +55,29 @@ def test_fresh_lora_changes_nothing_and_average_equals_trained(folder: Path, kin
         assert ("up.weight" in key or "lora_B" in key) == (trained[key].abs().sum() == 0)
 
 
-@every_kind
-def test_initialisation_repeats_with_the_seed(folder: Path, kind: str) -> None:
+@every_adapter
+def test_initialization_depends_on_the_seed_only(tiny_pipeline: Path, kind: str) -> None:
     states = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        states.append(attached(folder, kind)[1].state_dict("trained"))
+        states.append(attached(tiny_pipeline, kind)[1].state_dict("trained"))
     first, same, other = states
     assert_close(first, same, rtol=0, atol=0)
     assert all(torch.equal(first[key], other[key]) == (first[key].abs().sum() == 0) for key in first)
 
 
-@every_kind
-def test_only_trained_tensors_are_trainable_and_are_the_parameters(folder: Path, kind: str) -> None:
-    model, adapter = attached(folder, kind)
+@every_adapter
+def test_only_trained_tensors_are_trainable_and_are_the_parameters(tiny_pipeline: Path, kind: str) -> None:
+    model, adapter = attached(tiny_pipeline, kind)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {id(parameter) for parameter in trainable} == {id(parameter) for parameter in adapter.parameters()}
     assert len(trainable) == len(adapter.parameters())
 
 
-@every_kind
+@every_adapter
 @pytest.mark.parametrize("name", ["original", "trained", "ema"])
-def test_switching_changes_the_model_and_no_flag(folder: Path, kind: str, name: str) -> None:
-    model, adapter = attached(folder, kind)
+def test_switching_changes_the_model_and_no_flag(tiny_pipeline: Path, kind: str, name: str) -> None:
+    model, adapter = attached(tiny_pipeline, kind)
     randomize(adapter)
     before = predict(model)
     with adapter.using(name):
@@ -93,7 +87,7 @@ def test_switching_changes_the_model_and_no_flag(folder: Path, kind: str, name: 
         assert (flags(adapter, "trained"), flags(adapter, "ema")) == ({True}, {False})
         with adapter.using("original"):
             original = predict(model)
-        assert_close(original, predict(load(folder)), rtol=0, atol=0)
+        assert_close(original, predict(load(tiny_pipeline)), rtol=0, atol=0)
         assert_close(predict(model), inside, rtol=0, atol=0)
     assert adapter.active == "trained"
     assert (flags(adapter, "trained"), flags(adapter, "ema")) == ({True}, {False})
@@ -102,21 +96,21 @@ def test_switching_changes_the_model_and_no_flag(folder: Path, kind: str, name: 
     assert (name == "original") == torch.equal(inside, original)
 
 
-@every_kind
-def test_every_trained_tensor_gets_a_gradient(folder: Path, kind: str) -> None:
-    model, adapter = attached(folder, kind)
+@every_adapter
+def test_every_trained_tensor_gets_a_gradient(tiny_pipeline: Path, kind: str) -> None:
+    model, adapter = attached(tiny_pipeline, kind)
     randomize(adapter)
     predict(model).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
     assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
 
 
-@every_kind
-def test_exported_files_come_back(folder: Path, kind: str, tmp_path: Path) -> None:
-    model, adapter = attached(folder, kind)
+@every_adapter
+def test_exported_files_load_again(tiny_pipeline: Path, kind: str, tmp_path: Path) -> None:
+    model, adapter = attached(tiny_pipeline, kind)
     randomize(adapter)
     adapter.save(tmp_path, "trained")
-    again, other = attached(folder, kind)
+    again, other = attached(tiny_pipeline, kind)
     other.load(tmp_path, "ema")
     with other.using("ema"):
         assert_close(predict(again), predict(model), rtol=0, atol=0)
@@ -129,9 +123,9 @@ def test_exported_files_come_back(folder: Path, kind: str, tmp_path: Path) -> No
         other.load(tmp_path, "ema")
 
 
-@every_kind
-def test_scale_is_how_far_the_weights_move(folder: Path, kind: str) -> None:
-    model, adapter = attached(folder, kind)
+@every_adapter
+def test_scale_multiplies_the_change_of_the_weights(tiny_pipeline: Path, kind: str) -> None:
+    model, adapter = attached(tiny_pipeline, kind)
     randomize(adapter)
     if kind in ("prefix", "all"):
         adapter.rescale(1.0, "trained")
@@ -145,18 +139,18 @@ def test_scale_is_how_far_the_weights_move(folder: Path, kind: str) -> None:
         assert_close(delta, before[name][1] / 2)
         assert delta.abs().sum() > 0
     adapter.rescale(0, "trained")
-    assert_close(predict(model), predict(load(folder)), rtol=0, atol=0)
+    assert_close(predict(model), predict(load(tiny_pipeline)), rtol=0, atol=0)
 
 
 def merged(model) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """The weight of each adapted layer, and what `trained` adds to it."""
+    """Yield each adapted layer's name, its weight, and the change that `trained` adds to it."""
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             yield name, (layer.get_base_layer().weight.clone(), layer.get_delta_weight("trained"))
 
 
-def test_previous_model_returns_after_an_error(folder: Path) -> None:
-    model, adapter = attached(folder)
+def test_previous_model_is_active_again_after_an_error(tiny_pipeline: Path) -> None:
+    model, adapter = attached(tiny_pipeline)
     randomize(adapter)
     before = model.encode(PROMPTS)
     with pytest.raises(RuntimeError, match="stop"), adapter.using("ema"), adapter.using("original"):
@@ -171,11 +165,11 @@ def test_previous_model_returns_after_an_error(folder: Path) -> None:
 )
 @pytest.mark.parametrize("kind", ["text_encoder", "unet"])
 def test_adapted_weight_is_base_plus_scaled_product(
-    folder: Path, kind: str, alpha: float | None, strength: float, name: str, scale: float
+    tiny_pipeline: Path, kind: str, alpha: float | None, strength: float, name: str, scale: float
 ) -> None:
-    model, adapter = attached(folder, kind, alpha=alpha, strength=strength)
+    model, adapter = attached(tiny_pipeline, kind, alpha=alpha, strength=strength)
     randomize(adapter)
-    merged = load(folder)
+    merged = load(tiny_pipeline)
     weights, state = dict(merged.named_parameters()), adapter.state_dict(name)
     for key in [key for key in state if "down.weight" in key or "lora_A" in key]:
         product = state[key.replace("layer.down", "layer.up").replace("lora_A", "lora_B")] @ state[key]
@@ -184,20 +178,20 @@ def test_adapted_weight_is_base_plus_scaled_product(
     with adapter.using(name):
         adapted = predict(model)
     assert_close(predict(merged), adapted, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(adapted, predict(load(folder)), rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(adapted, predict(load(tiny_pipeline)), rtol=1e-2, atol=1e-2)
 
 
-def test_prefix_stands_before_every_prompt_but_the_empty_one(folder: Path) -> None:
-    model, adapter = attached(folder, "prefix")
+def test_prefix_stands_before_every_prompt_except_the_empty_one(tiny_pipeline: Path) -> None:
+    model, adapter = attached(tiny_pipeline, "prefix")
     randomize(adapter)
-    original = load(folder)
+    original = load(tiny_pipeline)
     begin, end = model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
     embedding = original.text_encoder.get_input_embeddings()
     words = original.tokenizer("chef", add_special_tokens=False).input_ids
     soft = adapter.tensors("trained")["<fair>"]
     padding = torch.tensor([end] * (16 - 1 - 3 - len(words)))
     rows = (embedding(torch.tensor([begin])), soft, embedding(torch.tensor(words)), embedding(padding))
-    # The reference: the same text encoder, whose embedding layer is told what to return.
+    # The reference is the same text encoder with a hook that replaces the output of its embedding layer.
     layer = original.text_encoder.get_input_embeddings()
     handle = layer.register_forward_hook(lambda *_: torch.cat(rows)[None])
     expected = original.encode(["chef"])
@@ -206,8 +200,8 @@ def test_prefix_stands_before_every_prompt_but_the_empty_one(folder: Path) -> No
     assert_close(model.encode(["chef", ""])[1:], original.encode([""]), rtol=1e-5, atol=1e-6)
 
 
-def test_prefix_starts_at_the_embeddings_of_words(folder: Path) -> None:
-    model, adapter = attached(folder, "prefix")
+def test_prefix_starts_at_the_embeddings_of_words(tiny_pipeline: Path) -> None:
+    model, adapter = attached(tiny_pipeline, "prefix")
     embedding = model.text_encoder.get_input_embeddings()
     vocabulary = model.tokenizer.get_vocab()
     whole = torch.tensor([index for word, index in vocabulary.items() if word[0].isalpha() and word.endswith("</w>")])
@@ -216,17 +210,17 @@ def test_prefix_starts_at_the_embeddings_of_words(folder: Path) -> None:
     assert len({tuple(row.tolist()) for row in adapter.state_dict("ema")["<fair>"]}) > 1
 
 
-def test_parts_learn_at_their_own_rates(folder: Path) -> None:
-    _, adapter = attached(folder, "both")
+def test_parts_learn_at_their_own_rates(tiny_pipeline: Path) -> None:
+    _, adapter = attached(tiny_pipeline, "both")
     text_encoder, unet = adapter.parameter_groups(0.1)
     assert (text_encoder["lr"], unet["lr"]) == (0.1, 0.5)
     assert (len(text_encoder["params"]), len(unet["params"])) == (2 * 6 * 2, 4 * 8 * 2)
     assert UNetLoRA(learning_rate=0.0).learning_rate == 0.0
 
 
-@every_kind
-def test_average_follows_its_recursion_in_place(folder: Path, kind: str) -> None:
-    _, adapter = attached(folder, kind)
+@every_adapter
+def test_ema_is_updated_in_place_by_its_recursion(tiny_pipeline: Path, kind: str) -> None:
+    _, adapter = attached(tiny_pipeline, kind)
     expected = adapter.state_dict("ema")
     places = [tensor.data_ptr() for tensor in adapter.tensors("ema").values()]
     for _ in range(3):
@@ -244,10 +238,10 @@ def test_average_follows_its_recursion_in_place(folder: Path, kind: str) -> None
     assert_close(adapter.state_dict("ema"), trained)
 
 
-@every_kind
+@every_adapter
 @pytest.mark.parametrize("name", ["trained", "ema"])
-def test_state_returns(folder: Path, kind: str, name: str) -> None:
-    _, adapter = attached(folder, kind)
+def test_state_loads_again(tiny_pipeline: Path, kind: str, name: str) -> None:
+    _, adapter = attached(tiny_pipeline, kind)
     randomize(adapter)
     state = adapter.state_dict(name)
     randomize(adapter)
@@ -257,9 +251,9 @@ def test_state_returns(folder: Path, kind: str, name: str) -> None:
     assert not torch.equal(next(iter(adapter.state_dict(other).values())), next(iter(state.values())))
 
 
-@every_kind
-def test_adapter_of_half_precision_weights_is_in_float32(folder: Path, kind: str) -> None:
-    model, adapter = load(folder, weights_dtype="bfloat16"), SMALL[kind]()
+@every_adapter
+def test_adapter_of_a_model_in_half_precision_is_in_float32(tiny_pipeline: Path, kind: str) -> None:
+    model, adapter = load(tiny_pipeline, weights_dtype="bfloat16"), SMALL[kind]()
     adapter.attach(model)
     for name in ("trained", "ema"):
         assert {tensor.dtype for tensor in adapter.tensors(name).values()} == {torch.float32}
@@ -273,7 +267,7 @@ def test_exported_files_give_the_same_images_in_plain_diffusers(tmp_path: Path, 
     model, adapter = StableDiffusion(str(PORTRAITS / "pipeline")), EXPORTED[kind]()
     model.load()
     adapter.attach(model)
-    randomize(adapter, std=0.15)  # the larger, the more they amplify what the two round differently
+    randomize(adapter, std=0.15)  # larger tensors amplify the different rounding of the two pipelines
     images = {}
     for active in ("original", name):
         with torch.no_grad(), adapter.using(active):
@@ -296,25 +290,39 @@ def test_exported_files_give_the_same_images_in_plain_diffusers(tmp_path: Path, 
     assert (images[name] - images["original"]).abs().max() > 1e-2
 
 
-def test_exported_file_holds_the_state_and_nothing_of_this_machine(folder: Path, tmp_path: Path) -> None:
-    _, adapter = attached(folder)
+def test_a_failed_export_keeps_the_previous_file(tiny_pipeline: Path, tmp_path: Path, monkeypatch) -> None:
+    def fail(state, path, metadata):
+        Path(path).write_bytes(b"half a file")
+        raise OSError("no space left on device")
+
+    _, adapter = attached(tiny_pipeline)
+    [path] = adapter.save(tmp_path, "trained")
+    content = path.read_bytes()
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        adapter.save(tmp_path, "trained")
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == content
+
+
+def test_exported_file_holds_the_state_and_no_path_of_this_machine(tiny_pipeline: Path, tmp_path: Path) -> None:
+    _, adapter = attached(tiny_pipeline)
     randomize(adapter)
     [path] = adapter.save(tmp_path, "trained")
     with safe_open(path, "pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        assert str(folder) not in str(file.metadata())
+        assert str(tiny_pipeline) not in str(file.metadata())
     assert all(key.startswith("text_encoder.text_model.encoder.layers.") for key in state)
     adapter.load_state_dict(state, "ema")
     assert_close(adapter.state_dict("ema"), state, rtol=0, atol=0)
 
 
-def test_state_of_another_adapter_is_refused_whole(folder: Path) -> None:
-    _, adapter = attached(folder)
+def test_state_of_another_adapter_changes_nothing(tiny_pipeline: Path) -> None:
+    _, adapter = attached(tiny_pipeline)
     before = adapter.state_dict("trained")
     fewer = dict(list(before.items())[:-1])
-    with pytest.raises(ValueError, match="another adapter: 1 tensors do not match, such as text_encoder"):
+    with pytest.raises(ValueError, match="belongs to another adapter: 1 tensors do not match, such as text_encoder"):
         adapter.load_state_dict(fewer, "trained")
-    wider = attached(folder, rank=4)[1].state_dict("trained")
+    wider = attached(tiny_pipeline, rank=4)[1].state_dict("trained")
     with pytest.raises(ValueError, match=r"must have the shape \(3, 16\), but got \(4, 16\)"):
         adapter.load_state_dict(wider, "trained")
     assert_close(adapter.state_dict("trained"), before, rtol=0, atol=0)
@@ -328,8 +336,8 @@ def test_state_of_another_adapter_is_refused_whole(folder: Path) -> None:
         ("prefix", "must be a new word, but the tokenizer knows <fair>"),
     ],
 )
-def test_second_adapter_of_a_kind_is_refused(folder: Path, kind: str, message: str) -> None:
-    model, adapter = attached(folder, kind)
+def test_second_adapter_of_the_same_class_is_rejected(tiny_pipeline: Path, kind: str, message: str) -> None:
+    model, adapter = attached(tiny_pipeline, kind)
     with pytest.raises(ValueError, match=message):
         SMALL[kind]().attach(model)
     with pytest.raises(ValueError, match="`name` must be original, trained or ema, but got 'finetuned'"):
@@ -337,7 +345,7 @@ def test_second_adapter_of_a_kind_is_refused(folder: Path, kind: str, message: s
     assert adapter.active == "trained"
 
 
-def test_refusals() -> None:
+def test_settings_out_of_range_are_rejected() -> None:
     with pytest.raises(ValueError, match="`rank` must be at least 1, but got 0"):
         UNetLoRA(rank=0)
     for strength in (0.0, -1.0, float("nan")):
@@ -351,27 +359,27 @@ def test_refusals() -> None:
     for kind in (UNetLoRA, PromptPrefix):
         with pytest.raises(ValueError, match="`learning_rate` must not be negative, but got -1"):
             kind(learning_rate=-1)
-    with pytest.raises(ValueError, match="`parts` must be adapters of different kinds.* but got none"):
+    with pytest.raises(ValueError, match="`parts` must be adapters of different classes.* but got none"):
         Combined([])
     with pytest.raises(ValueError, match="but got UNetLoRA, UNetLoRA"):
         Combined([UNetLoRA(), UNetLoRA()])
     assert [type(part) for part in Combined().parts] == [TextEncoderLoRA, UNetLoRA]
 
 
-@pytest.mark.parametrize(("adapter", "what"), [(UNetLoRA(), "unet"), (PromptPrefix(), "tokenizer and text encoder")])
-def test_model_without_that_network(adapter: Adapter, what: str) -> None:
+@pytest.mark.parametrize(("adapter", "what"), [(UNetLoRA(), "unet"), (PromptPrefix(), "tokenizer and no text_encoder")])
+def test_model_without_the_network_of_an_adapter_is_rejected(adapter: Adapter, what: str) -> None:
     with pytest.raises(ValueError, match=f"the text-to-image model has no {what}: choose another adapter"):
         adapter.attach(torch.nn.Module())
 
 
-def test_a_prefix_leaves_room_for_the_prompt(folder: Path) -> None:
-    attached(folder, "prefix", length=7)  # of 16 tokens, two of which mark begin and end
-    with pytest.raises(ValueError, match="`length` must be at most 7, half of what the text encoder reads, got 8"):
-        attached(folder, "prefix", length=8)
+def test_a_prefix_leaves_room_for_the_prompt(tiny_pipeline: Path) -> None:
+    attached(tiny_pipeline, "prefix", length=7)  # of 16 tokens, two of which mark start and end
+    with pytest.raises(ValueError, match="`length` must be at most 7, half of what the text encoder reads, but got 8"):
+        attached(tiny_pipeline, "prefix", length=8)
 
 
-def test_unknown_target_modules(folder: Path) -> None:
+def test_unknown_target_modules_are_rejected(tiny_pipeline: Path) -> None:
     with pytest.raises(ValueError, match=r"`target_modules` must be among .*'q_proj'.* but got \['qproj'\]"):
-        attached(folder, target_modules=["k_proj", "qproj"])
+        attached(tiny_pipeline, target_modules=["k_proj", "qproj"])
     with pytest.raises(ValueError, match=r"among .*'to_out.0', 'to_q'.* but got \['out.0'\]"):
-        attached(folder, "unet", target_modules=["to_q", "out.0"])
+        attached(tiny_pipeline, "unet", target_modules=["to_q", "out.0"])

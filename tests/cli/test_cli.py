@@ -212,7 +212,7 @@ def test_prompts_that_name_attributes_join_the_training_and_the_test(tmp_path):
 def test_images_that_do_not_divide_are_refused_before_a_model_is_loaded(tmp_path, capsys, unloaded, kind):
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--data.init_args.{kind}images_per_prompt=5"]
     line = refused(capsys, small(tmp_path, *two))
-    assert f"error: {kind}images_per_prompt" in line and "must divide by 2, but is 5" in line
+    assert f"error: {kind}images_per_prompt" in line and "must be a multiple of 2, but is 5" in line
 
 
 @pytest.mark.parametrize("name", sorted({p.stem for p in EXPERIMENTS.glob("*.yaml")} - {"quickstart"}))
@@ -226,7 +226,7 @@ def test_experiments_fit_the_numbers_of_gpus_that_they_name(name, tmp_path):
         if gpus in fitting:
             data.check(SPLITS, gpus)
         else:
-            with pytest.raises(ValueError, match=f"must divide by {gpus}"):
+            with pytest.raises(ValueError, match=f"must be a multiple of {gpus}"):
                 data.check(SPLITS, gpus)
 
 

@@ -1,4 +1,4 @@
-"""The noise seeds, the prompts of a run, and the order of the batches with ranks and resumes."""
+"""Check the noise seeds, the prompts of a run, and the order of the batches with ranks and resumes."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 
-def test_the_papers_mix_brings_the_concepts_equally_often():
+def test_the_mix_of_the_paper_has_equally_frequent_concepts():
     totals = [
         weight * len(PromptList.from_file(path).split("train"))
         for path, weight in zip(PAPER_FILES, PAPER_WEIGHTS, strict=True)
@@ -37,7 +37,7 @@ def test_the_papers_mix_brings_the_concepts_equally_often():
     assert max(totals) < 1.1 * min(totals)
 
 
-def test_seeds_are_distinct_over_everything_they_depend_on():
+def test_seeds_differ_between_seeds_splits_epochs_and_positions():
     seeds = [
         noise_seeds(seed, split, epoch, position, 5)
         for seed in (0, 1)
@@ -53,12 +53,12 @@ def test_seeds_are_distinct_over_everything_they_depend_on():
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 24])
-def test_seeds_do_not_depend_on_how_many(count):
+def test_seeds_do_not_depend_on_their_number(count):
     assert_close(noise_seeds(3, "test", 0, 8, 60)[:count], noise_seeds(3, "test", 0, 8, count), rtol=0, atol=0)
 
 
-def test_seeds_stay_what_they_are():
-    """Published figures rest on these; numpy promises the stream of `SeedSequence` for good."""
+def test_seeds_stay_the_published_ones():
+    """Published figures depend on these seeds; numpy guarantees that the stream of `SeedSequence` never changes."""
     published = [8832112248389967788, 5282727908911029382, 6766658395792649399]
     assert noise_seeds(0, "validation", 0, 2, 3).tolist() == published
 
@@ -81,7 +81,7 @@ def training(count=5, repeats=None, start=0, seed=0, images_per_prompt=4, **rank
 
 
 @pytest.mark.parametrize("repeats", [[1], [1, 1], [1, 1, 1, 1, 1], [3, 1, 2], [20]])
-def test_every_epoch_is_another_permutation_with_fresh_seeds(repeats):
+def test_every_epoch_is_a_new_permutation_with_fresh_seeds(repeats):
     loader = training(len(repeats), repeats)
     epochs = [contents(loader) for _ in range(6)]
     for epoch in epochs:
@@ -95,7 +95,7 @@ def test_every_epoch_is_another_permutation_with_fresh_seeds(repeats):
         assert len({tuple(index for _, index, _ in epoch) for epoch in epochs}) > 3
 
 
-def test_training_is_the_same_on_every_run_with_the_same_seed_alone():
+def test_only_the_same_seed_gives_the_same_batches():
     assert contents(training()) == contents(training())
     assert contents(training()) != contents(training(seed=1))
 
@@ -107,21 +107,21 @@ def test_a_later_start_is_the_rest_of_the_stream(start):
     assert contents(training(start=start)) == stream[start : start + 5]
 
 
-def test_an_epoch_that_ends_early_is_gone_on_with():
+def test_the_stream_continues_after_an_epoch_that_ends_early():
     loader = training()
     first = [content(batch) for batch, _ in zip(loader, range(2), strict=False)]
     expected = contents(training())
-    # zip had already asked for a third batch when the range ran out
+    # zip takes a third batch before the range ends
     assert first == expected[:2] and contents(loader)[:2] == expected[3:]
 
 
-def test_a_noise_pool_brings_each_prompt_with_its_own_few_sets_of_seeds():
+def test_a_noise_pool_gives_each_prompt_a_few_sets_of_seeds():
     loader = training(repeats=[1, 3, 1, 1, 2], noise_pool=3)
     batches = [batch for _ in range(30) for batch in loader]
     sets = {index: {tuple(b.seeds.tolist()) for b in batches if b.index == index} for index in range(5)}
-    assert all(len(found) == 3 for found in sets.values()) and all(batch.is_repeated for batch in batches)
-    assert len({seed for found in sets.values() for seeds in found for seed in seeds}) == 5 * 3 * 4
-    assert {batch.index for batch in batches[:8]} == set(range(5))  # the order is the one without a pool
+    assert all(len(pool) == 3 for pool in sets.values()) and all(batch.is_repeated for batch in batches)
+    assert len({seed for pool in sets.values() for seeds in pool for seed in seeds}) == 5 * 3 * 4
+    assert {batch.index for batch in batches[:8]} == set(range(5))  # the order does not depend on the pool
     resumed = training(repeats=[1, 3, 1, 1, 2], noise_pool=3, start=11)
     assert contents(resumed) == [content(batch) for batch in batches[11:19]]
     assert not any(batch.is_repeated for batch in training())
@@ -137,7 +137,7 @@ def test_evaluation_has_one_order_and_its_own_seeds():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_ranks_see_the_same_prompt_and_share_out_the_seeds(world_size, split):
+def test_ranks_have_the_same_prompt_and_share_the_seeds(world_size, split):
     def loader(**ranks):
         if split == "train":
             return training(images_per_prompt=12, **ranks)
@@ -172,20 +172,20 @@ def test_the_module_takes_its_rank_from_the_trainer():
 @pytest.mark.parametrize(
     ("images", "world_size", "nearest"), [(24, 5, "20 or 25"), (3, 4, "4"), (7, 2, "6 or 8"), (1, 8, "8")]
 )
-def test_images_that_do_not_divide_are_refused_with_the_nearest(images, world_size, nearest):
+def test_images_that_do_not_divide_are_rejected_with_the_nearest_numbers(images, world_size, nearest):
     for stage, name in (("fit", ""), ("validate", "validation_"), ("test", "test_")):
         data = OccupationPrompts(**{f"{name}images_per_prompt": images})
         data.trainer = trainer_stub(0, world_size)
-        with pytest.raises(ValueError, match=f"^{name}images_per_prompt .* but is {images}; .*: {nearest}$"):
+        with pytest.raises(ValueError, match=f"^{name}images_per_prompt .* but is {images}; the nearest: {nearest}$"):
             data.setup(stage)
-    with pytest.raises(ValueError, match=f"must divide by {world_size}"):
+    with pytest.raises(ValueError, match=f"must be a multiple of {world_size}"):
         training(images_per_prompt=images, world_size=world_size)
 
 
-@pytest.mark.parametrize("kind", [OccupationPrompts, SportPrompts, DescriptorPrompts, MixedPrompts])
-def test_defaults_work_from_any_directory(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("prompts", [OccupationPrompts, SportPrompts, DescriptorPrompts, MixedPrompts])
+def test_defaults_work_from_any_directory(prompts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data = kind()
+    data = prompts()
     for loader, images in (
         (data.train_dataloader(), 24),
         (data.val_dataloader(), 24),
@@ -205,9 +205,9 @@ def test_mixed_prompts_repeat_only_the_training_prompts(tmp_path):
     assert len(data.val_dataloader()) == len(data.test_dataloader()) == 2
 
 
-def test_a_split_that_a_file_lacks_comes_from_the_others(tmp_path):
-    lacking = {key: value for key, value in VALID.items() if key not in ("validation", "test")}
-    files = [write(tmp_path, lacking, "a.json"), write(tmp_path, VALID, "b.json")]
+def test_a_split_may_be_missing_in_some_files(tmp_path):
+    train_only = {key: value for key, value in VALID.items() if key not in ("validation", "test")}
+    files = [write(tmp_path, train_only, "a.json"), write(tmp_path, VALID, "b.json")]
     data = MixedPrompts(files=files, weights=[1, 1])
     assert (
         data.prompts("validation") == PromptModule(files[1:]).prompts("validation") and len(data.prompts("train")) == 2
@@ -215,18 +215,20 @@ def test_a_split_that_a_file_lacks_comes_from_the_others(tmp_path):
     with pytest.raises(ValueError, match='a.json: there is no "test" split, only "train"'):
         PromptModule(files[:1]).prompts("test")
     files.append(write(tmp_path, {key: value for key, value in VALID.items() if key != "train"}, "c.json"))
-    with pytest.raises(ValueError, match='c.json: there is no "train" split'):  # it has a weight, and would do nothing
+    with pytest.raises(
+        ValueError, match='c.json: there is no "train" split'
+    ):  # the weight of the file would have no effect
         PromptModule(files).prompts("train")
 
 
-def test_limits_take_the_first_of_each_file():
+def test_limits_keep_the_first_prompts_of_each_file():
     data = MixedPrompts(train_prompts=2, validation_prompts=3, test_prompts=1)
     assert [len(data.prompts(split)) for split in SPLITS] == [8, 12, 4]
     assert len(data.train_dataloader()) == 2 * (1 + 6 + 20 + 4)
     assert data.prompts("validation")[:3] == OccupationPrompts().prompts("validation")[:3]
 
 
-def test_train_subjects_filter_training_alone(tmp_path):
+def test_train_subjects_filter_training_only(tmp_path):
     subjects = write(tmp_path, "# the small world\nWelder\n  chef \nsenator\nno such job\n", "subjects.txt")
     data = OccupationPrompts(train_subjects=subjects)
     assert [prompt.subject for prompt in data.prompts("train")] == ["chef", "welder"]
@@ -240,7 +242,7 @@ def test_train_subjects_filter_training_alone(tmp_path):
     }
 
 
-def test_train_subjects_that_leave_nothing_are_refused(tmp_path):
+def test_train_subjects_that_leave_no_prompt_are_rejected(tmp_path):
     data = OccupationPrompts(train_subjects=write(tmp_path, "no such job\n", "subjects.txt"))
     with pytest.raises(ValueError, match=r"subjects.txt: names no training subject of .*occupations.json"):
         data.train_dataloader()
@@ -256,12 +258,12 @@ def test_train_subjects_that_leave_nothing_are_refused(tmp_path):
         ({"validation_prompts": 0}, "validation_prompts must be at least 1"),
         ({"noise_pool": 0}, "noise_pool must be at least 1, but is 0"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"weights": [1, 2]}, "weights must be one number a file, but 4 files have 2"),
+        ({"weights": [1, 2]}, "weights must be one number per file, but 4 files have 2"),
         ({"weights": [1, 6, 0, 4]}, "weights must be at least 1, but is 0"),
         ({"files": [], "weights": []}, "files must be at least 1, but is 0"),
     ],
 )
-def test_numbers_out_of_range_are_refused(arguments, message):
+def test_numbers_out_of_range_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         MixedPrompts(**arguments)
 
@@ -285,7 +287,7 @@ def test_every_argument_can_be_configured(tmp_path):
 
 
 class Recorder(LightningModule):
-    """Learns one number, and writes down what it is given."""
+    """Train one number, and record the batches."""
 
     def __init__(self, fail_at=None):
         super().__init__()
@@ -306,7 +308,7 @@ class Recorder(LightningModule):
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["batches"] = len(self.seen)
-        checkpoint["callbacks"] = {}  # or Lightning wants the same callbacks when it resumes
+        checkpoint["callbacks"] = {}  # otherwise Lightning requires the same callbacks when it resumes
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.01)
@@ -362,7 +364,7 @@ RESUMES = {
 
 
 @pytest.mark.parametrize("case", RESUMES)
-def test_a_resumed_run_sees_what_an_uninterrupted_one_does(tmp_path, case):
+def test_a_resumed_run_has_the_batches_of_an_uninterrupted_one(tmp_path, case):
     when, trainer = RESUMES[case]
     folder = tmp_path / "checkpoints"
     whole = fit(tmp_path, Recorder(), [ModelCheckpoint(folder, "{step}", save_top_k=-1, **when)], **trainer)
@@ -376,7 +378,7 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_does(tmp_path, case):
         assert_close(resumed.weight, whole.weight)
 
 
-def test_a_run_that_failed_in_mid_batch_gets_that_batch_again(tmp_path):
+def test_a_run_that_fails_in_mid_batch_repeats_that_batch(tmp_path):
     class SaveOnException(Callback):
         def on_exception(self, trainer, module, error):
             trainer.save_checkpoint(tmp_path / "failed.ckpt")
@@ -387,7 +389,7 @@ def test_a_run_that_failed_in_mid_batch_gets_that_batch_again(tmp_path):
     assert fit(tmp_path, Recorder(), checkpoint=tmp_path / "failed.ckpt").seen == whole.seen[8:]
 
 
-def test_fitting_on_with_the_same_trainer_goes_on_in_the_stream(tmp_path):
+def test_a_second_fit_of_the_same_trainer_continues_the_stream(tmp_path):
     recorder, data = Recorder(), data_module(tmp_path)
     trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET)
     trainer.fit(recorder, data)

@@ -1,4 +1,4 @@
-"""Prompt files: those that ship, those of a user, their splits, and those that are refused."""
+"""Check the prompt files that ship, those of a user, their splits, and the errors of malformed ones."""
 
 import json
 import re
@@ -21,18 +21,18 @@ TRIVIAL = "assistant chief custom hand head junior parts product professional re
 
 
 def words(phrase):
-    """The set of crudely stemmed words of a phrase, without accents, case, order and fillers."""
+    """Return the set of crudely stemmed words of a phrase, without accents, case, order and fillers."""
     plain = unicodedata.normalize("NFKD", phrase).encode("ascii", "ignore").decode().lower()
     kept = (word for word in re.findall("[a-z]+", plain) if not FILLERS.fullmatch(word))
     return frozenset(re.sub(r"(?<=...)(ings?|ies|es|s|y|e)$", "", word) for word in kept)
 
 
 def near(trained, evaluated):
-    """Whether one phrase is the other, a part of it, or it and a word that changes nothing."""
+    """Return whether a phrase is the other one, a part of it, or the other one and a word that changes nothing."""
     return trained <= evaluated or (evaluated < trained and trained - evaluated <= words(TRIVIAL))
 
 
-def test_the_near_duplicate_check_finds_what_it_should():
+def test_the_near_duplicate_check_recognizes_duplicates():
     pairs = [("Dancers", "dancer"), ("therapist, family", "family therapist"), ("head cook", "cook")]
     pairs += [("surveying technician", "surveying and mapping technician"), ("playing bowls", "bowling")]
     assert all(near(words(a), words(b)) for a, b in pairs)
@@ -53,27 +53,29 @@ def test_shipped_splits_have_no_near_duplicates(name):
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("named_")])
-def test_prompts_name_what_their_entries_say(name):
-    said = {"WMELH": "White", "light": "light skin", "tan": "tan skin", "brown": "brown skin", "dark": "dark skin"}
+def test_prompts_say_the_classes_that_their_entries_name(name):
+    spoken = {"WMELH": "White", "light": "light skin", "tan": "tan skin", "brown": "brown skin", "dark": "dark skin"}
     splits = PromptList.from_file(FOLDER / name).splits
     assert all({attribute for attribute, _ in prompt.names} >= {"gender", "age"} for prompt in splits["test"])
     for prompt in (*splits["train"], *splits["test"]):
-        spoken = prompt.text.removesuffix(f", a {prompt.subject}").split()
-        assert prompt.names and spoken[-1] in ("man", "woman", "person", "skin")
-        for _, kind in prompt.names:
-            assert set(said.get(kind, kind).split()) <= set(spoken)
-        others = {"man", "woman", "young", "old"} - {kind for _, kind in prompt.names}
-        assert not others & set(spoken)
+        person = prompt.text.removesuffix(f", a {prompt.subject}").split()
+        assert prompt.names and person[-1] in ("man", "woman", "person", "skin")
+        for _, label in prompt.names:
+            assert set(spoken.get(label, label).split()) <= set(person)
+        others = {"man", "woman", "young", "old"} - {label for _, label in prompt.names}
+        assert not others & set(person)
 
 
-def test_an_entry_may_say_what_it_names(tmp_path):
+def test_an_entry_may_name_the_classes_of_its_text(tmp_path):
     entry = {"subject": "chef", "text": "An old woman, a chef", "names": {"gender": "woman", "age": "old"}}
     file = write(tmp_path, {"concept": "job", "test": [entry]}, "named.json")
     names = (("gender", "woman"), ("age", "old"))
     assert PromptList.from_file(file).split("test") == (Prompt(entry["text"], "chef", "job", names),)
     for names in ("woman", {"gender": 1}, {"gender": ""}, {"": "woman"}, ["gender"]):
         write(tmp_path, {"concept": "job", "test": [entry | {"names": names}]}, "named.json")
-        with pytest.raises(ValueError, match='entry 1 of "test" is .*"names": {"gender": "woman", ...} besides'):
+        with pytest.raises(
+            ValueError, match='entry 1 of "test" is .*optionally with "names": {"gender": "woman", ...}$'
+        ):
             PromptList.from_file(file)
 
 
@@ -87,7 +89,7 @@ def test_shipped_files_are_tidy(name):
             assert not set("{}|") & set(prompt.text) and prompt.concept == data["concept"]
 
 
-def test_counts_in_the_readme_are_the_files():
+def test_counts_in_the_readme_are_those_of_the_files():
     rows = re.findall(
         r"^\| `(\S+)` \| (\d+|–) \| (\d+|–) \| (\d+|–) \|", (FOLDER / "README.md").read_text("utf-8"), re.M
     )
@@ -97,7 +99,7 @@ def test_counts_in_the_readme_are_the_files():
     }
 
 
-def test_occupations_are_the_papers():
+def test_occupations_are_those_of_the_paper():
     occupations = PromptList.from_file(FOLDER / "occupations.json")
     assert len(occupations.split("train")) >= 900
     test = [prompt.subject for prompt in occupations.split("test")]
@@ -110,7 +112,7 @@ def test_occupations_are_the_papers():
     assert occupations.split("test")[2].text == "A photo of the face of a ticket taker, a person"
 
 
-def test_no_file_trains_on_what_another_one_evaluates():
+def test_no_file_trains_on_prompts_that_another_one_evaluates():
     occupations = PromptList.from_file(FOLDER / "occupations.json").splits
     contexts = PromptList.from_file(FOLDER / "occupations_in_context.json").splits
     trained = {prompt.subject for prompt in occupations["train"]}
@@ -123,7 +125,7 @@ def test_no_file_trains_on_what_another_one_evaluates():
         assert {prompt.subject for prompt in named["test"]} <= {prompt.subject for prompt in occupations["test"]}
 
 
-def test_json_goes_through_every_template_and_takes_complete_prompts(tmp_path):
+def test_json_entries_fill_every_template_or_are_complete_prompts(tmp_path):
     data = {
         "concept": "job",
         "templates": ["a {job}", "{job}, {job}!"],
@@ -136,7 +138,7 @@ def test_json_goes_through_every_template_and_takes_complete_prompts(tmp_path):
     )
 
 
-def test_plain_text_serves_every_split(tmp_path):
+def test_plain_text_is_in_every_split(tmp_path):
     path = write(tmp_path, "\ufeff# mine\n\n  a chef  \na judge, seated\n", "mine.txt")
     expected = (Prompt("a chef", "a chef", "mine"), Prompt("a judge, seated", "a judge, seated", "mine"))
     assert all(PromptList.from_file(path).split(split) == expected for split in SPLITS)
@@ -162,7 +164,7 @@ MALFORMED = {
     "template of a wrong type": (VALID | {"templates": "a {job}"}, '"templates" must be a list of strings'),
     "no placeholder": (
         VALID | {"templates": ["a {joob}"]},
-        r'template "a \{joob\}" lacks its .* write \{job\}',
+        r'template "a \{joob\}" has no placeholder; write \{job\}',
     ),
     "no template": (without("templates"), 'entry 1 of "train" has no template'),
     "duplicate": (VALID | {"test": ["nurse", " CHEF"]}, '"a CHEF" is in both "train" and "test"'),
@@ -170,14 +172,14 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_json_gets_one_clear_line(tmp_path, case):
+def test_malformed_json_is_one_clear_line(tmp_path, case):
     content, message = MALFORMED[case]
     with pytest.raises(ValueError, match=message) as error:
         OccupationPrompts(file=write(tmp_path, content))
     assert "prompts.json" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_missing_split_is_refused_when_it_is_asked_for(tmp_path):
+def test_a_missing_split_is_an_error_only_when_it_is_used(tmp_path):
     data = OccupationPrompts(file=write(tmp_path, without("train")))
     assert len(data.val_dataloader()) == len(data.test_dataloader()) == 1
     with pytest.raises(ValueError, match='no "train" split, only "validation", "test"; add a "train" list'):
@@ -185,20 +187,20 @@ def test_missing_split_is_refused_when_it_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["latin.json", "latin.txt"])
-def test_other_encodings_are_refused(tmp_path, name):
+def test_other_encodings_are_rejected(tmp_path, name):
     (tmp_path / name).write_bytes("caf\u00e9".encode("latin-1"))
     with pytest.raises(ValueError, match=rf"{name}: byte 3 is not UTF-8"):
         PromptList.from_file(tmp_path / name)
 
 
 @pytest.mark.parametrize("content", ["", "\n  \n", "# only a comment\n"])
-def test_text_without_a_prompt_is_refused(tmp_path, content):
+def test_text_without_a_prompt_is_rejected(tmp_path, content):
     with pytest.raises(ValueError, match="every line is blank or a comment"):
         PromptList.from_file(write(tmp_path, content, "mine.txt"))
 
 
 @pytest.mark.parametrize("name", ["missing.json", "missing.txt", "."])
-def test_missing_file_is_refused(tmp_path, name):
+def test_a_missing_file_is_an_error(tmp_path, name):
     with pytest.raises(ValueError, match="there is no such file; give a path relative to the current"):
         PromptList.from_file(tmp_path / name)
 
