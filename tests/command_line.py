@@ -1,4 +1,4 @@
-"""Arguments of a small run on the miniature, and a command that must be refused in one line."""
+"""Build the arguments of a small run on the miniature, and run a command that must fail with one line."""
 
 from pathlib import Path
 
@@ -27,11 +27,12 @@ SMALL = [
 
 
 def small(tmp_path, *more):
+    """Return the arguments of a run of two short steps."""
     return [*MINIATURE, *SMALL, f"--output={tmp_path}", *more]
 
 
 def refused(capsys, arguments):
-    """Run the command; return its only line on standard error."""
+    """Run a command that fails; return its only line on standard error."""
     with pytest.raises(SystemExit) as stopped:
         run_main(lambda: main(arguments))
     assert stopped.value.code == 2

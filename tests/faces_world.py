@@ -1,4 +1,4 @@
-"""A random face network in ArcFace's layout, and folders of drawn faces."""
+"""Build a random face network in the layout of ArcFace, and folders of drawn faces."""
 
 import warnings
 from pathlib import Path
@@ -16,12 +16,12 @@ SIZE = 28
 
 
 def bgr(images: torch.Tensor) -> np.ndarray:
-    """Images as detectors get them: uint8, blue, green, red."""
+    """Return images as detectors read them: uint8, in the order blue, green, red."""
     return (images * 255).round().byte().flip(1).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def build_arcface(file: Path, size: int = SIZE, width: int = 8, seed: int = 0) -> Path:
-    """Saves a network with random weights whose embeddings differ visibly between faces."""
+    """Save a network with random weights whose embeddings differ visibly between faces."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
@@ -33,7 +33,7 @@ def build_arcface(file: Path, size: int = SIZE, width: int = 8, seed: int = 0) -
 
 
 def save_pictures(folder: Path, count: int, seed: int = 0) -> list[bool]:
-    """Saves drawn pictures as PNG files, and returns which of them show a face."""
+    """Save drawn images as PNG files, and return which of them show a face."""
     folder.mkdir(parents=True, exist_ok=True)
     faces = draw_faces(count, seed)
     for i, pixels in enumerate(faces.pictures):

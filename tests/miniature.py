@@ -1,4 +1,4 @@
-"""The shipped miniature, set up for tests: few images, few steps."""
+"""Set up the shipped miniature for tests: few images, few steps."""
 
 from pathlib import Path
 
@@ -18,12 +18,12 @@ PORTRAITS = Path(__file__).parents[1] / "data" / "portraits"
 
 
 def judge(which: str = "training") -> Judge:
-    """One of the two shipped judges, "training" or "independent", not loaded yet."""
+    """Return the face finder with the "training" or the "independent" classifier, not loaded yet."""
     return judges(PORTRAITS)[which]
 
 
 def finetuning(**settings) -> FairFinetuning:
-    """A module on the miniature with a small adapter and three sampling steps."""
+    """Return a module on the miniature with a small adapter and three sampling steps."""
     defaults = dict(
         generator=StableDiffusion(str(PORTRAITS / "pipeline")),
         judge=judge(),
@@ -37,7 +37,7 @@ def finetuning(**settings) -> FairFinetuning:
 
 
 def prompts(**settings) -> OccupationPrompts:
-    """Occupations of the drawn world, few images each."""
+    """Return occupations of the drawn portraits, with few images per prompt."""
     defaults = dict(
         train_subjects=str(PORTRAITS / "training_subjects.txt"),
         images_per_prompt=6,
@@ -50,7 +50,7 @@ def prompts(**settings) -> OccupationPrompts:
 
 
 def trainer(folder: Path, **settings) -> Trainer:
-    """A quiet trainer on one CPU process."""
+    """Return a quiet trainer on one CPU process."""
     defaults = dict(
         default_root_dir=folder,
         accelerator="cpu",

@@ -1,4 +1,4 @@
-"""Image networks with random weights in the exact layout of the real ones, small enough for a test."""
+"""Build image networks with random weights in the exact layout of the real ones, small enough for a test."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ PREPROCESSOR = {
 
 
 def build_classifier(folder: Path, labels: Sequence[str] = LABELS, seed: int = 0) -> Path:
-    """Saves a ResNet for 16 px images whose logits differ visibly between images."""
+    """Save a ResNet for 16 px images whose logits differ visibly between images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = ResNetForImageClassification(
@@ -45,7 +45,7 @@ def build_classifier(folder: Path, labels: Sequence[str] = LABELS, seed: int = 0
 
 
 def build_clip(folder: Path) -> Path:
-    """Saves a CLIP of one layer a tower, with a tokenizer that reads letter by letter."""
+    """Save a CLIP with one layer per tower and a tokenizer that reads letter by letter."""
     tokenizer = tiny_tokenizer()
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = tower | {
@@ -65,7 +65,7 @@ def build_clip(folder: Path) -> Path:
 
 
 def build_dino(folder: Path) -> Path:
-    """Saves a DINOv2 of one layer."""
+    """Save a DINOv2 with one layer."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
@@ -74,7 +74,7 @@ def build_dino(folder: Path) -> Path:
 
 
 def save(network: PreTrainedModel, folder: Path) -> Path:
-    """Saves a network with the preprocessing of 16 px images."""
+    """Save a network with the preprocessing of 16 px images."""
     network.eval().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
     return folder

@@ -1,4 +1,4 @@
-"""What is printed in the terminal, as text."""
+"""Print results as in the terminal, and return the text."""
 
 import io
 

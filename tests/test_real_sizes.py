@@ -1,11 +1,10 @@
-"""Stable Diffusion 1.5 and 2.1 at their real sizes, with random weights: one training step of the whole method.
+"""Train one step of the whole method on Stable Diffusion 1.5 and 2.1 at their real sizes, with random weights.
 
-These need gigabytes and minutes, and are not part of the ordinary suite: `pytest -m large`.
+These tests need gigabytes of memory and minutes. Run them with `pytest -m large`.
 """
 
 import gc
 import os
-import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from fairness_dft.diffusion.stable_diffusion import StableDiffusion
 from fairness_dft.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.large
+resource = pytest.importorskip("resource", reason="Windows has no such module")
 
 # Their published config.json files, where these differ from the defaults of diffusers and transformers.
 TEXT_ENCODERS = {
@@ -38,11 +38,11 @@ UNETS = {
         cross_attention_dim=1024, sample_size=96, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
     ),
 }
-MILLIONS = {"1.5": 860, "2.1": 866}  # parameters of the U-Net, as the model cards have them
+MILLIONS = {"1.5": 860, "2.1": 866}  # parameters of the U-Net, from the model cards
 
 
 def build(folder: Path, version: str) -> Path:
-    """Saves a pipeline of random weights, in half precision, in the layout and sizes of the real one."""
+    """Save a pipeline of random weights, in half precision, in the layout and sizes of the real one."""
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, prediction_type="v_prediction" if version == "2.1" else "epsilon",
@@ -75,7 +75,7 @@ def folder(request, tmp_path_factory) -> Iterator[Path]:
 
 
 def check_one_step(folder: Path, tmp_path: Path, resolution: int, images: int, steps: int, **settings):
-    """One optimizer step on one prompt, by the command's own classes."""
+    """Run one optimizer step on one prompt, with the same classes as the command."""
     generator = StableDiffusion(str(folder), resolution=resolution, weights_dtype=settings.pop("dtype", "float32"))
     adapter = Combined([TextEncoderLoRA(), UNetLoRA(), PromptPrefix()])
     sampler = Sampler(steps=steps, guidance_scale=7.5, decode_chunk=1)
@@ -87,7 +87,7 @@ def check_one_step(folder: Path, tmp_path: Path, resolution: int, images: int, s
     assert fit.callback_metrics["loss/total"].isfinite()
     after = adapter.state_dict("trained")
     assert all(tensor.isfinite().all() for tensor in after.values())
-    # The factor B of every product is zero at first, so that A has no gradient yet.
+    # The factor B of every product is initially zero, so A has no gradient yet.
     moved = {key for key in after if not torch.equal(after[key], before[key])}
     assert moved == {key for key in after if "up.weight" in key or "lora_B" in key or key == "<fair>"}
 
