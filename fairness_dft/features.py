@@ -1,99 +1,90 @@
-"""What the image shows besides the attribute: frozen CLIP, DINO and face embeddings, differentiable in the image.
+"""What an image shows apart from the attribute: frozen CLIP and DINO embeddings, differentiable in the image.
 
 All embeddings have unit length, so that a dot product is the cosine similarity.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
+from typing_extensions import override
 
-from fairness_dft.files import on_hub, quiet, resolve
+from fairness_dft.files import Location, quiet
+from fairness_dft.networks.frozen import FrozenNetwork
 from fairness_dft.networks.preprocessing import Preprocessing
 
 
-class FeatureNet(nn.Module, ABC):
+class FeatureNet(FrozenNetwork, ABC):
     """A frozen image embedding.
 
     Args:
-        path: folder or hub id of the network, with its preprocessor_config.json.
+        path: Folder or hub id of the network, with its preprocessor_config.json.
     """
+
+    what = "feature network"
+    required_files = ("config.json", "preprocessor_config.json")
+    network: Any
+    preprocessing: Preprocessing
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
 
-    def load(self) -> None:
-        """Load the weights and freeze them.
-
-        Raises:
-            ValueError: if the network cannot be loaded.
-        """
-        from transformers.utils import cached_file
-
-        if hasattr(self, "network"):
-            return
-        folder = resolve(self.path)
-        source = str(folder) if folder.is_dir() else self.path
-        local = folder.is_dir() or not on_hub(self.path)
-        try:
-            with quiet():
-                file = cached_file(source, "preprocessor_config.json", local_files_only=local)
-                network = self._load(source, local_files_only=local)
-        except Exception as error:  # each library and file format raises its own
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise ValueError(
-                f"the feature network {self.path!r} could not be loaded ({reason}): download it where there "
-                f"is a network (`hf download {self.path}`), give a local folder, or run on the miniature with "
-                "--config experiments/parts/portraits.yaml"
-            ) from error
-        self.preprocessing = Preprocessing.from_file(file)
-        self.network = network.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "FeatureNet":
-        """Stay in evaluation mode: feature networks are never trained here."""
-        return super().train(False)
-
     def forward(self, images: Tensor) -> Tensor:
         """Embed images.
 
         Args:
-            images: with shape (N, 3, H, W), in [0, 1].
+            images: Images with shape (N, 3, H, W), in [0, 1].
 
         Returns:
             Unit-length embeddings, with shape (N, D).
         """
-        # Half a per cent of a cosine is much: whatever the precision of the network, that of the images is kept.
+        # An error of half a percent in a cosine matters: the result has the precision of the images, not the network's.
         return normalize(self._embed(self.preprocessing(images)).to(images.dtype), dim=-1)
 
     @abstractmethod
-    def _load(self, source: str, local_files_only: bool) -> nn.Module:
-        """The network, from a folder or hub id, or from what is cached of a hub id."""
-
-    @abstractmethod
     def _embed(self, pixels: Tensor) -> Tensor:
-        """Embeddings of prepared pixels, not yet of unit length, with shape (N, D)."""
+        """Return embeddings of preprocessed pixels, before normalization, with shape (N, D)."""
 
 
 class Clip(FeatureNet):
-    """CLIP (Radford et al., 2021, https://arxiv.org/abs/2103.00020): images and texts in one space."""
+    """CLIP (Radford et al., 2021, https://arxiv.org/abs/2103.00020): images and texts in one space.
 
-    def _load(self, source: str, local_files_only: bool) -> nn.Module:
+    Args:
+        path: Folder or hub id of the network, with its preprocessor_config.json.
+
+    Example:
+        >>> clip = Clip("data/portraits/clip")
+        >>> clip.load()
+        >>> clip(torch.zeros(2, 3, 64, 64)).shape == clip.embed_text(["a chef", "a pilot"]).shape
+        True
+    """
+
+    tokenizer: Any
+
+    @override
+    def _load(self, location: Location) -> None:
         from transformers import CLIPModel, CLIPTokenizer
 
-        self.tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=local_files_only)
-        # Where transformers finds no vocabulary, it makes one of special tokens alone.
-        if len(self.tokenizer) <= 3:
-            raise OSError(f"{source} holds no vocabulary for its tokenizer")
-        return CLIPModel.from_pretrained(source, dtype=torch.float32, local_files_only=local_files_only)
+        with quiet():
+            tokenizer = CLIPTokenizer.from_pretrained(location.source, **location.options)
+            # Where transformers finds no vocabulary, it makes one of special tokens alone.
+            if len(tokenizer) <= 3:
+                raise OSError(f"{location.source} holds no vocabulary for its tokenizer")
+            preprocessing = Preprocessing.from_file(location.file("preprocessor_config.json"))
+            self.network = CLIPModel.from_pretrained(location.source, dtype=torch.float32, **location.options)
+        self.tokenizer, self.preprocessing = tokenizer, preprocessing
 
+    @override
     def _embed(self, pixels: Tensor) -> Tensor:
-        return self.network.visual_projection(self.network.vision_model(pixels).pooler_output)
+        embeddings: Tensor = self.network.visual_projection(self.network.vision_model(pixels).pooler_output)
+        return embeddings
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """Unit-length embeddings of texts, with shape (N, D)."""
+        """Return unit-length embeddings of texts, with shape (N, D)."""
         length = self.network.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -103,12 +94,29 @@ class Clip(FeatureNet):
 
 
 class Dino(FeatureNet):
-    """DINOv2 (Oquab et al., 2023, https://arxiv.org/abs/2304.07193): class token of a self-supervised ViT."""
+    """DINOv2 (Oquab et al., 2023, https://arxiv.org/abs/2304.07193): the class token of a self-supervised ViT.
 
-    def _load(self, source: str, local_files_only: bool) -> nn.Module:
+    Args:
+        path: Folder or hub id of the network, with its preprocessor_config.json.
+
+    Example:
+        >>> dino = Dino("data/portraits/dino")
+        >>> dino.load()
+        >>> embeddings = dino(torch.zeros(2, 3, 64, 64))
+        >>> torch.allclose(embeddings.norm(dim=1), torch.ones(2))
+        True
+    """
+
+    @override
+    def _load(self, location: Location) -> None:
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(source, dtype=torch.float32, local_files_only=local_files_only)
+        with quiet():
+            preprocessing = Preprocessing.from_file(location.file("preprocessor_config.json"))
+            self.network = AutoModel.from_pretrained(location.source, dtype=torch.float32, **location.options)
+        self.preprocessing = preprocessing
 
+    @override
     def _embed(self, pixels: Tensor) -> Tensor:
-        return self.network(pixels).last_hidden_state[:, 0]
+        embeddings: Tensor = self.network(pixels).last_hidden_state[:, 0]
+        return embeddings

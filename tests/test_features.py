@@ -133,7 +133,7 @@ def test_a_network_that_is_nowhere_is_one_clear_line_at_once(
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
-    message = rf"the feature network '{path}' could not be loaded \(.+\): download .* --config \S+portraits.yaml"
+    message = rf"the feature network '{path}' could not be loaded \(.+\): give .* --config \S+portraits.yaml"
     with pytest.raises(ValueError, match=message) as caught:
         kind(path).load()
     assert "\n" not in str(caught.value)
@@ -157,7 +157,7 @@ def test_a_missing_file_is_one_clear_line(
     folder = Path(shutil.copytree(folders[kind], tmp_path / "network"))
     (folder / file).unlink()
     network = kind(str(folder))
-    with pytest.raises(ValueError, match=r"the feature network '.*' could not be loaded \(.+\): download"):
+    with pytest.raises(ValueError, match=r"the feature network '.*' could not be loaded \(.+\): give"):
         network.load()
     assert not hasattr(network, "network")  # a second try does not find it half loaded
 
@@ -227,12 +227,14 @@ def test_face_realism_loads_the_bank_of_its_own_network_alone(arcface: Path, tmp
             torch.testing.assert_close(realism.bank.norm(dim=1), torch.ones(2))
             assert not realism.bank.requires_grad
         else:
-            with pytest.raises(ValueError, match="was not made with the face network .*: make it anew"):
+            with pytest.raises(
+                ValueError, match="was not made with the face network .*: give a bank of real faces, made with"
+            ):
                 realism.load()
     save_file({"faces": torch.ones(2, 8)}, tmp_path / "tensors.safetensors")
     (tmp_path / "bytes.safetensors").write_bytes(b"no tensors")
     for name in ("tensors", "bytes"):
-        with pytest.raises(ValueError, match="is none: make one with"):
+        with pytest.raises(ValueError, match="it is not a face bank.*: give a bank of real faces, made with"):
             FaceRealism(str(tmp_path / f"{name}.safetensors"), FaceEmbedding(str(arcface))).load()
 
 
@@ -243,9 +245,13 @@ def test_face_realism_tells_what_is_missing(arcface: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             FaceRealism("bank", **settings)
-    with pytest.raises(ValueError, match=r"bank 'missing.safetensors' is not there: make one of real faces with"):
+    with pytest.raises(
+        ValueError, match=r"bank 'missing.safetensors' could not be loaded .*give a bank of real faces, made"
+    ):
         FaceRealism("missing.safetensors", FaceEmbedding(str(arcface))).check()
-    with pytest.raises(ValueError, match=r"network 'no/such/arcface.onnx' is not there: insightface downloads its own"):
+    with pytest.raises(
+        ValueError, match=r"network 'no/such/arcface.onnx' could not be loaded .*insightface downloads its"
+    ):
         FaceEmbedding("no/such/arcface.onnx").load()
 
 
@@ -259,8 +265,8 @@ def test_face_embedding_refuses_other_networks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must read square color images, but its input is \[1, 1, 28, 28\]"):
         FaceEmbedding(str(tmp_path / "grey.onnx")).load()
     for output, shape, message in (
-        ("b", [2, 3, 28, 28], "must give one embedding a face"),
-        ("c", None, "cannot be run"),
+        ("b", [2, 3, 28, 28], "must give one embedding per face"),
+        ("c", None, "could not be loaded"),
     ):
         values = [
             helper.make_tensor_value_info("a", TensorProto.FLOAT, ["n", 3, 28, 28]),

@@ -275,7 +275,7 @@ def test_mistakes_are_one_line(faces: Path, backbone: Path, tmp_path: Path) -> N
     for changes, message in (
         ({"output": tmp_path / "there"}, "--output: .* is there already"),
         ({"output": tmp_path / "there" / "model" / "x"}, "--output: cannot write"),
-        ({"model.backbone": "no/such-backbone"}, "--model.backbone: 'no/such-backbone' could not be loaded"),
+        ({"model.backbone": "no/such-backbone"}, "--model.backbone. 'no/such-backbone' could not be loaded"),
         ({"model.smoothing": 1.5}, "`smoothing` must be in"),
         ({"data.init_args.folder": tmp_path / "missing"}, "--data: there is no folder"),
         ({"data.init_args.labels": "other.csv"}, "--data: there is no file"),

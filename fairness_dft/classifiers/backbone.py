@@ -1,11 +1,12 @@
-"""What a classifier is trained from: any image classifier of Hugging Face, with new heads."""
+"""The network that becomes a classifier: any image classifier of Hugging Face, with new heads."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from fairness_dft.files import on_hub, one_line, quiet, resolve
+from fairness_dft.files import Location, locate, quiet
+from fairness_dft.networks.frozen import loading_error
 from fairness_dft.networks.preprocessing import Preprocessing
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -13,28 +14,24 @@ BILINEAR = 2  # PIL.Image.Resampling.BILINEAR, as Hugging Face writes it
 
 
 def backbone(path: str, pretrained: bool, heads: dict[str, tuple[str, ...]]) -> tuple[nn.Module, dict[str, Any]]:
-    """An image classifier with new heads, and what its preprocessor_config.json says.
+    """Return an image classifier with new heads, and the content of its preprocessor_config.json.
 
     Args:
-        path: hub id or folder.
-        pretrained: whether to start from its weights.
-        heads: the classes of each head.
+        path: Hub id or folder.
+        pretrained: Whether to start from its weights.
+        heads: The classes of each head.
 
     Raises:
-        ValueError: if it cannot be loaded.
+        ValueError: If it cannot be loaded.
     """
     from transformers import AutoConfig, AutoModelForImageClassification
 
     labels = dict(enumerate(f"{head}/{name}" for head, classes in heads.items() for name in classes))
     settings = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-    folder = resolve(path)
-    source = str(folder) if folder.is_dir() else path
-    options: dict[str, Any] = {"local_files_only": folder.is_dir() or not on_hub(path)}
+    location = locate(path)
+    source, options = location.source, location.options
     try:
-        if folder.is_dir() and not any(folder.glob("*.safetensors")):
-            if pretrained and any(folder.glob("*.bin")):
-                raise OSError("its weights are pickled: convert them to safetensors")
-            pretrained = False
+        pretrained = pretrained and has_weights(location)
         with quiet():
             config = AutoConfig.from_pretrained(source, **options, **settings)
             if pretrained:
@@ -45,17 +42,33 @@ def backbone(path: str, pretrained: bool, heads: dict[str, tuple[str, ...]]) -> 
                 network = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
         return network, preparation(source, config, options)
     except Exception as error:  # each file format raises its own
-        raise ValueError(
-            f"--model.backbone: {path!r} could not be loaded ({one_line(error)[:200].rstrip('.')}): give an image "
-            "classifier of the Hugging Face hub where the network can be reached, or a local folder"
-        ) from error
+        allowed = "an image classifier of the Hugging Face hub where it can be reached, or a local folder"
+        raise loading_error("backbone (--model.backbone)", path, error, allowed) from error
 
 
-def preparation(source: str, config: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """What preprocessor_config.json says: the backbone's or, without one, ImageNet's colors at its size or at 224 px.
+def has_weights(location: Location) -> bool:
+    """Return whether a backbone brings weights; a local folder may hold a config.json alone.
 
     Raises:
-        ValueError: if the backbone's is broken, or not of square pictures.
+        OSError: If its weights are pickled, which may run code.
+    """
+    if location.folder is None or any(location.folder.glob("*.safetensors")):
+        return True
+    if any(location.folder.glob("*.bin")):
+        raise OSError("its weights are pickled: convert them to safetensors")
+    return False
+
+
+def preparation(source: str, config: Any, options: dict[str, bool]) -> dict[str, Any]:
+    """Return a preprocessor_config.json: the backbone's or, without one, ImageNet's colors at its size or at 224 px.
+
+    Args:
+        source: Folder or hub id of the backbone.
+        config: Its configuration.
+        options: Options of its loaders.
+
+    Raises:
+        ValueError: If the backbone's file is broken, or its images are not square.
     """
     from transformers.utils import cached_file
 
@@ -68,9 +81,9 @@ def preparation(source: str, config: Any, options: dict[str, Any]) -> dict[str, 
         size = given.size
         colors = {"image_mean": given.mean.flatten().tolist(), "image_std": given.deviation.flatten().tolist()}
     if size[0] != size[1]:
-        raise ValueError(f"it reads pictures of {size[0]} x {size[1]} pixels, but must read square ones")
+        raise ValueError(f"it reads images of {size[0]} x {size[1]} pixels, but must read square ones")
     return {
-        "image_processor_type": "ViTImageProcessor",  # the plain one: resize, rescale, normalise
+        "image_processor_type": "ViTImageProcessor",  # the plain one: resize, rescale, normalize
         "do_resize": True,
         "size": {"height": size[0], "width": size[1]},
         "resample": BILINEAR,
@@ -82,14 +95,14 @@ def preparation(source: str, config: Any, options: dict[str, Any]) -> dict[str, 
 
 
 def last_linear(network: nn.Module, side: int) -> nn.Linear:
-    """The layer that gives a classifier's logits; what of the network does not reach them is frozen.
+    """Return the layer that gives a classifier's logits; freeze the parameters that do not reach them.
 
     Args:
-        network: an image classifier.
-        side: of its pictures in pixels.
+        network: An image classifier.
+        side: Side of its images in pixels.
 
     Raises:
-        ValueError: if the logits do not come from one linear layer.
+        ValueError: If the logits do not come from one linear layer.
     """
     count = network.config.num_labels
     candidates = [
@@ -101,7 +114,7 @@ def last_linear(network: nn.Module, side: int) -> nn.Linear:
     before.sum().backward()
     for parameter in network.parameters():
         if parameter.grad is None:
-            parameter.requires_grad_(False)  # such as a mask token, for which DDP would wait in vain
+            parameter.requires_grad_(False)  # such as a mask token, for which DDP would wait forever
         parameter.grad = None
     with torch.no_grad():
         for layer in candidates:

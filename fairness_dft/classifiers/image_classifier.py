@@ -1,7 +1,7 @@
 """Classifiers in Hugging Face's image-classification layout, and the face finder that asks one."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from fairness_dft.classifiers.base import AttributeClassifier
 from fairness_dft.faces.finders import FaceFinder, Faces, whole_frame_boxes
-from fairness_dft.files import quiet, resolve
+from fairness_dft.files import Location, quiet
 from fairness_dft.networks.frozen_layers import forget_inputs
 from fairness_dft.networks.preprocessing import Preprocessing
 
@@ -20,39 +20,42 @@ class ImageClassifier(AttributeClassifier):
     """A classifier in Hugging Face's image-classification layout.
 
     Args:
-        path: folder of an `AutoModelForImageClassification` with its preprocessor_config.json.
-        attribute: name of the head of a classifier whose labels name none.
+        path: Folder of an `AutoModelForImageClassification` with its preprocessor_config.json.
+        attribute: Name of the head of a classifier whose labels name none.
+
+    Example:
+        >>> classifier = ImageClassifier("data/portraits/classifier_training")
+        >>> classifier.load()
+        >>> classifier.heads["gender"]
+        ('man', 'woman')
+        >>> classifier(torch.zeros(2, 3, 64, 64))["gender"].shape
+        torch.Size([2, 2])
     """
+
+    allowed = "a folder in Hugging Face's image-classification layout"
+    required_files = ("config.json", "preprocessor_config.json")
+    local_only = True
+    network: Any
+    preprocessing: Preprocessing
 
     def __init__(self, path: str, attribute: str = "gender") -> None:
         super().__init__()
         self.path, self.attribute = path, attribute
 
-    def load(self) -> None:
-        """Load the weights, freeze them and read the heads from the labels.
-
-        Raises:
-            ValueError: if the folder holds no image classifier.
-        """
+    @override
+    def _load(self, location: Location) -> None:
         from transformers import AutoModelForImageClassification
 
-        if self.heads:
-            return
-        folder = classifier_folder(self.path)
-        self.preprocessing = Preprocessing.from_file(folder / "preprocessor_config.json")
-        try:
-            with quiet():
-                network, found = AutoModelForImageClassification.from_pretrained(
-                    folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-                )
-        except Exception as error:  # each file format raises its own
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"the classifier {self.path!r} could not be loaded: {reason}") from error
-        if found["missing_keys"]:  # such as the head of a bare backbone, which would be random
-            missing = ", ".join(sorted(found["missing_keys"]))
-            raise ValueError(f"the classifier {self.path!r} is no image classifier: its weights lack {missing}")
-        self.network = network.requires_grad_(False).eval()
-        forget_inputs(self.network)
+        preprocessing = Preprocessing.from_file(location.file("preprocessor_config.json"))
+        with quiet():
+            network, report = AutoModelForImageClassification.from_pretrained(
+                location.source, dtype=torch.float32, output_loading_info=True, **location.options
+            )
+        if report["missing_keys"]:  # such as the head of a bare backbone, which would be random
+            missing = ", ".join(sorted(report["missing_keys"]))
+            raise ValueError(f"it is not an image classifier: its weights lack {missing}")
+        forget_inputs(network.requires_grad_(False))
+        self.network, self.preprocessing = network, preprocessing
         self.columns = columns_of_heads(network.config.id2label, self.attribute)
         self.heads = {head: tuple(columns) for head, columns in self.columns.items()}
 
@@ -63,11 +66,18 @@ class ImageClassifier(AttributeClassifier):
 
 
 def columns_of_heads(id2label: Mapping[int | str, str], attribute: str) -> dict[str, dict[str, int]]:
-    """Which logit belongs to which class of which head, in the order of the logits.
+    """Return which logit belongs to which class of which head, in the order of the logits.
 
     Args:
-        id2label: the label of each logit, as in a Hugging Face config.
-        attribute: name of the head where the labels name none.
+        id2label: The label of each logit, as in a Hugging Face config.
+        attribute: Name of the head where the labels name none.
+
+    Returns:
+        For each head the column of each class.
+
+    Example:
+        >>> columns_of_heads({0: "gender/woman", 1: "gender/man", 2: "age/young", 3: "age/old"}, "")
+        {'gender': {'woman': 0, 'man': 1}, 'age': {'young': 2, 'old': 3}}
     """
     named = all("/" in label for label in id2label.values())
     heads: dict[str, dict[str, int]] = {}
@@ -77,50 +87,45 @@ def columns_of_heads(id2label: Mapping[int | str, str], attribute: str) -> dict[
     return heads
 
 
-def classifier_folder(path: str) -> Path:
-    """The local folder of a classifier.
-
-    Raises:
-        ValueError: if it is not there or is no image classifier with its preprocessing.
-    """
-    folder = resolve(path)
-    for file in ("config.json", "preprocessor_config.json"):
-        if not (folder / file).is_file():
-            raise ValueError(
-                f"the classifier {path!r} has no {file}: give a folder in Hugging Face's "
-                "image-classification layout, or run on the miniature with "
-                "--config experiments/parts/portraits.yaml"
-            )
-    return folder
-
-
 class FacePresence(FaceFinder):
-    """Whole frames; a classifier's own "face/present" output says which of them show a face.
+    """Take whole frames as faces; a classifier's own output "face/present" says which of them show a face.
 
     Args:
-        path: folder of a classifier with the labels "face/absent" and "face/present".
+        path: Folder of a classifier with the labels "face/absent" and "face/present".
+
+    Example:
+        >>> finder = FacePresence("data/portraits/classifier_evaluation")
+        >>> finder.load()
+        >>> finder(torch.zeros(2, 3, 64, 64)).has_face.shape
+        torch.Size([2])
     """
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self.classifier = ImageClassifier(path)
 
+    @override
+    def check(self) -> None:
+        self.classifier.check()
+
+    @override
     def load(self) -> None:
         """Load the classifier.
 
         Raises:
-            ValueError: if it has no head that says whether a face is present.
+            ValueError: If it cannot be loaded, or has no head that says whether a face is present.
         """
         self.classifier.load()
         if FACE_PRESENT not in self.classifier.heads.get(FACE_HEAD, ()):
-            raise ValueError(f"the classifier {self.classifier.path!r} has no label {FACE_HEAD}/{FACE_PRESENT}")
+            raise self.classifier.error(f"it has no label {FACE_HEAD}/{FACE_PRESENT}")
 
+    @override
     def forward(self, images: Tensor) -> Faces:
-        """The images themselves, and whether the classifier sees a face."""
+        """Return the images themselves, and whether the classifier sees a face in each."""
         with torch.no_grad():
             logits = self.classifier(images)
         return Faces(images, whole_frame_boxes(images), self.present(logits))
 
     def present(self, logits: dict[str, Tensor]) -> Tensor:
-        """Whether the classifier, by its logits, sees a face: bool with shape (N,)."""
+        """Return whether the classifier, by its logits, sees a face: bool with shape (N,)."""
         return logits[FACE_HEAD].argmax(-1) == self.classifier.heads[FACE_HEAD].index(FACE_PRESENT)

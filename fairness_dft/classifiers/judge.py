@@ -1,8 +1,8 @@
-"""h, the frozen attribute classifiers: face crops in, one distribution p = softmax(h(x)) an attribute out.
+"""h, the frozen attribute classifiers: face crops in, for each attribute a distribution p = softmax(h(x)) out.
 
 A classifier is a folder in Hugging Face's image-classification layout. Several attributes share one network
-as heads: a label "gender/woman" is the class *woman* of the head *gender*. Unless all labels name a head, there
-is one, named by `attribute`.
+as heads: the label "gender/woman" is the class *woman* of the head *gender*. Unless all labels name a head, there
+is a single head, named by `attribute`.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,14 @@ from fairness_dft.faces.finders import FaceFinder, WholeFrame, whole_frame_boxes
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge sees in a batch of images.
+    """What the classifier says of a batch of images.
 
     Attributes:
-        logits: for each attribute, float with shape (N, K).
-        has_face: whether the image shows a face, bool with shape (N,); logits mean nothing where it does not.
-        boxes: face regions in pixels (left, top, right, bottom), float with shape (N, 4).
-        landmarks: eyes, nose and corners of the mouth in pixels, with shape (N, 5, 2); None if nobody looked for them.
-        owners: index of the image that each row is about, int64 with shape (N,); None for one row an image.
+        logits: Logits of each attribute, float with shape (N, K).
+        has_face: Whether the image shows a face, bool with shape (N,); logits mean nothing where it shows no face.
+        boxes: Face regions in pixels (left, top, right, bottom), float with shape (N, 4).
+        landmarks: Eyes, nose and corners of the mouth in pixels, with shape (N, 5, 2); None if the finder has none.
+        owners: Index of the image of each row, int64 with shape (N,); None for one row per image.
     """
 
     logits: dict[str, Tensor]
@@ -39,11 +39,11 @@ class Verdict:
     owners: Tensor | None = None
 
     def probabilities(self, attribute: str) -> Tensor:
-        """p, the class probabilities of one attribute, with shape (N, K)."""
+        """Return p, the class probabilities of one attribute, with shape (N, K)."""
         return self.logits[attribute].softmax(-1)
 
     def classes(self, attribute: str) -> Tensor:
-        """The most probable class, int64 with shape (N,), of one attribute or of a product, as in `Judge.classes`."""
+        """Return the most probable class of an attribute or of a product, as in `Judge.classes`: int64, shape (N,)."""
         index = torch.zeros_like(self.has_face, dtype=torch.long)
         for name in attributes_of(attribute):
             index = index * self.logits[name].shape[-1] + self.logits[name].argmax(-1)
@@ -52,11 +52,22 @@ class Verdict:
 
 @final
 class Judge(nn.Module):
-    """Finds the faces and classifies them: images in, a `Verdict` out.
+    """Find faces and classify them: images in, a `Verdict` out.
 
     Args:
-        classifier: reads the attributes from face crops.
-        faces: finds the faces.
+        classifier: Reads the attributes from face crops.
+        faces: Finds the faces.
+
+    Example:
+        >>> from fairness_dft.classifiers import FacePresence, ImageClassifier
+        >>> folder = "data/portraits/classifier_evaluation"
+        >>> judge = Judge(ImageClassifier(folder), FacePresence(folder))
+        >>> judge.load()
+        >>> judge.classes("gender")
+        ('man', 'woman')
+        >>> verdict = judge(torch.zeros(2, 3, 64, 64))
+        >>> verdict.probabilities("gender").shape, verdict.has_face.shape
+        (torch.Size([2, 2]), torch.Size([2]))
     """
 
     def __init__(self, classifier: AttributeClassifier, faces: FaceFinder | None = None) -> None:
@@ -65,9 +76,18 @@ class Judge(nn.Module):
 
     @property
     def asks_itself(self) -> bool:
-        """Whether one network finds the faces and classifies them, and so needs to run only once."""
+        """Whether one network finds the faces and classifies them, so that it needs to run only once."""
         both_from_folders = isinstance(self.faces, FacePresence) and isinstance(self.classifier, ImageClassifier)
         return both_from_folders and self.faces.classifier.path == self.classifier.path
+
+    def check(self) -> None:
+        """Refuse parts that cannot be found; load nothing and change no state.
+
+        Raises:
+            ValueError: If a part cannot be found.
+        """
+        self.classifier.check()
+        self.faces.check()
 
     def load(self) -> None:
         """Load both parts."""
@@ -77,14 +97,14 @@ class Judge(nn.Module):
         self.faces.load()
 
     def reads(self, attribute: str) -> bool:
-        """Whether the classifier has a head for an attribute, or for each one of a product."""
+        """Return whether the classifier has a head for an attribute, or for each factor of a product."""
         return all(name in self.classifier.heads for name in attributes_of(attribute))
 
     def classes(self, attribute: str) -> tuple[str, ...]:
-        """Class names of one attribute, or of a product: "woman, dark" for gender×race.
+        """Return the class names of one attribute, or of a product: "woman, dark" for gender×race.
 
         Raises:
-            ValueError: if the classifier does not read it.
+            ValueError: If the classifier does not read it.
         """
         for name in attributes_of(attribute):
             if name not in self.classifier.heads:
@@ -96,16 +116,16 @@ class Judge(nn.Module):
         return tuple(", ".join(names) for names in product(*heads))
 
     def every(self, images: Tensor) -> Verdict:
-        """Judge all faces of images with shape (N, 3, H, W), in [0, 1], one row for each and for each image without."""
+        """Classify all faces of images with shape (N, 3, H, W), in [0, 1]; an image that shows no face has one row."""
         faces, owners = self.faces.every(images)
         return Verdict(self.classifier(faces.crops), faces.has_face, faces.boxes, faces.landmarks, owners)
 
     def forward(self, images: Tensor) -> Verdict:
-        """Judge images with shape (N, 3, H, W), in [0, 1]; differentiable in the logits."""
+        """Classify images with shape (N, 3, H, W), in [0, 1]; the logits are differentiable in the images."""
         return self.submit(images)()
 
     def submit(self, images: Tensor) -> Callable[[], Verdict]:
-        """Begin to find the faces, as `FaceFinder.begin` does; the function returned waits for them and classifies."""
+        """Start to find faces, as `FaceFinder.submit` does; the function returned waits for them and classifies."""
         if self.asks_itself:
             return partial(self.look_once, images)
         find = self.faces.submit(images)
@@ -117,6 +137,6 @@ class Judge(nn.Module):
         return verdict
 
     def look_once(self, images: Tensor) -> Verdict:
-        """Judge images by the one network that finds the faces and classifies them."""
+        """Classify images by the one network that both finds the faces and classifies them."""
         logits = self.classifier(images)
         return Verdict(logits, self.faces.present(logits), whole_frame_boxes(images))

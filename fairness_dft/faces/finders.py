@@ -1,13 +1,13 @@
 """Where the faces are: images in, face crops and a mask out.
 
-A face finder says which images show a face, where the largest one is, and gives its crop, differentiable with
-respect to the image. `DetectedFaces` asks detectors, one after the other until one sees a face; `WholeFrame` is for
-models that draw nothing but faces. From a face's place two crops can be made:
+A face finder says which images show a face, where the largest one is, and crops it, differentiably in the image.
+`DetectedFaces` asks detectors one after the other until one detects a face; `WholeFrame` is for models that generate
+nothing but faces. The location of a face gives two crops:
 
-    square     side (1 + margin) max(width, height) about the middle of the box, for classifiers
-    aligned    eyes, nose and corners of the mouth at fixed places of 112 x 112 pixels, for face embeddings
+    square     side (1 + margin) max(width, height) around the center of the box, for classifiers
+    aligned    eyes, nose and corners of the mouth at fixed positions in 112 x 112 pixels, for face embeddings
 
-The landmarks are those five, in this order, left and right as seen in the image.
+The landmarks are these five, in this order, left and right as seen in the image.
 
 References:
     Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), appendix on face finding,
@@ -36,11 +36,11 @@ class Faces:
     """The largest face of each image.
 
     Attributes:
-        crops: face crops, float with shape (N, 3, h, w), in [0, 1]; any content where there is no face.
-        boxes: left, top, right, bottom of the face region in pixels of the image, float with shape (N, 4).
-        has_face: whether the image shows a face, bool with shape (N,).
-        landmarks: x and y of the landmarks in pixels, float with shape (N, 5, 2), any values where there is no face;
-            None if the finder knows none.
+        crops: Face crops, float with shape (N, 3, h, w), in [0, 1]; of any content where there is no face.
+        boxes: Left, top, right, bottom of the face region in pixels of the image, float with shape (N, 4).
+        has_face: Whether the image shows a face, bool with shape (N,).
+        landmarks: x and y of the landmarks in pixels, float with shape (N, 5, 2), of any value where there is no face;
+            None if the finder has none.
     """
 
     crops: Tensor
@@ -50,13 +50,20 @@ class Faces:
 
 
 class FaceFinder(nn.Module, ABC):
-    """Finds the largest face of each image.
+    """Find the largest face of each image.
 
     Attributes:
-        finds_landmarks: whether it knows where eyes, nose and mouth are.
+        finds_landmarks: Whether it locates eyes, nose and mouth.
     """
 
     finds_landmarks = False
+
+    def check(self) -> None:  # noqa: B027  a finder without weights needs nothing
+        """Refuse weights that cannot be found; load nothing and change no state.
+
+        Raises:
+            ValueError: If they cannot be found.
+        """
 
     def load(self) -> None:  # noqa: B027  a finder without weights has nothing to load
         """Load weights; the constructor loads nothing."""
@@ -66,44 +73,55 @@ class FaceFinder(nn.Module, ABC):
         """Find faces.
 
         Args:
-            images: with shape (N, 3, H, W), in [0, 1].
+            images: Images with shape (N, 3, H, W), in [0, 1].
         """
 
     def submit(self, images: Tensor) -> Callable[[], Faces]:
-        """Begin to find faces, for a caller who can use the time; the function returned waits for them.
+        """Start to find faces, for a caller with other work to do; the function returned waits for the result.
 
-        A finder that works on the CPU begins at once, while a GPU goes on; another one when it is waited for.
+        A finder that works on the CPU starts at once, while a GPU continues; any other starts when it is waited for.
 
         Args:
-            images: as of `forward`, and so is what the function returns.
+            images: Images, as for `forward`.
+
+        Returns:
+            A function that returns what `forward` would.
         """
         return partial(self, images)
 
     def every(self, images: Tensor) -> tuple[Faces, Tensor]:
-        """All faces, instead of the largest of each image; an image without one has a row that the mask leaves out.
+        """Find all faces instead of the largest of each image; an image that shows no face has one masked row.
 
-        A finder that knows of one face an image gives that.
+        A finder that knows only one face per image returns that one.
 
         Args:
-            images: with shape (N, 3, H, W), in [0, 1].
+            images: Images with shape (N, 3, H, W), in [0, 1].
 
         Returns:
-            M ≥ N rows, and the image of each, int64 with shape (M,).
+            M ≥ N rows, and the index of the image of each row, int64 with shape (M,).
         """
         return self(images), torch.arange(len(images), device=images.device)
 
 
 class WholeFrame(FaceFinder):
-    """Takes every image for a face that fills the frame."""
+    """Treat every image as a face that fills the frame.
+
+    Example:
+        >>> faces = WholeFrame()(torch.zeros(2, 3, 64, 64))
+        >>> faces.boxes.tolist()
+        [[0.0, 0.0, 64.0, 64.0], [0.0, 0.0, 64.0, 64.0]]
+        >>> faces.has_face
+        tensor([True, True])
+    """
 
     def forward(self, images: Tensor) -> Faces:
-        """The images themselves, all of them marked as faces."""
+        """Return the images themselves, all marked as faces."""
         present = torch.ones(len(images), dtype=torch.bool, device=images.device)
         return Faces(images, whole_frame_boxes(images), present)
 
 
 def whole_frame_boxes(images: Tensor) -> Tensor:
-    """Boxes that cover the frame, with shape (N, 4)."""
+    """Return boxes that cover the frame, with shape (N, 4)."""
     height, width = images.shape[-2:]
     return images.new_tensor([0, 0, width, height]).expand(len(images), 4)
 
@@ -112,9 +130,16 @@ class DetectedFaces(FaceFinder):
     """The largest face that a detector sees, as a square crop.
 
     Args:
-        detectors: asked in turn; each gets the images in which those before it saw no face.
-        margin: how much wider the crop is than the longer side of the box, as a share of it (paper: 0.5).
-        size: side of the crop in pixels (paper: 224).
+        detectors: Face detectors; each gets the images in which those before it detected no face.
+        margin: How much wider the crop is than the longer side of the box, as a share of it (paper: 0.5).
+        size: Side of the crop in pixels (paper: 224).
+
+    Example:
+        >>> finder = DetectedFaces([YuNet("data/portraits/yunet.onnx")], size=32)
+        >>> finder.load()
+        >>> faces = finder(torch.zeros(2, 3, 64, 64))
+        >>> faces.has_face, faces.crops.shape
+        (tensor([False, False]), torch.Size([2, 3, 32, 32]))
     """
 
     finds_landmarks = True
@@ -127,6 +152,11 @@ class DetectedFaces(FaceFinder):
         if margin < 0 or size < 1:
             raise ValueError(f"`margin` must not be negative and `size` at least 1, but got {margin} and {size}")
         self.margin, self.size = margin, size
+
+    @override
+    def check(self) -> None:
+        for detector in self.detectors:
+            detector.check()
 
     @override
     def load(self) -> None:
@@ -154,22 +184,22 @@ class DetectedFaces(FaceFinder):
         return self.crop(images[owners], boxes, landmarks, mask), owners
 
     def crop(self, images: Tensor, boxes: Tensor, landmarks: Tensor, mask: Tensor) -> Faces:
-        """The faces found, with their crops, on the device of the images."""
+        """Return the detected faces with their crops, on the device of the images."""
         crops = square_crops(images, boxes, self.size, self.margin)
-        found = (values.to(images.device, non_blocking=True) for values in (boxes, mask, landmarks))
-        return Faces(crops, *found)
+        rows = (values.to(images.device, non_blocking=True) for values in (boxes, mask, landmarks))
+        return Faces(crops, *rows)
 
     def detect(self, images: Tensor, all_faces: bool = False) -> Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Begin to detect faces in threads; the function returned waits for them.
+        """Start to detect faces in threads; the function returned waits for them.
 
-        The images go to the CPU once for the whole batch. A GPU is waited for only by the threads.
+        The images move to the CPU once for the whole batch. Only the threads wait for a GPU.
 
         Args:
-            images: with shape (N, 3, H, W), in [0, 1].
-            all_faces: a row for each face, instead of one for each image's largest.
+            images: Images with shape (N, 3, H, W), in [0, 1].
+            all_faces: Whether each face has a row, instead of the largest face of each image.
 
         Returns:
-            What gives boxes, landmarks and mask, as in `Faces`, and the image of each row, on the CPU.
+            A function that returns boxes, landmarks and mask, as in `Faces`, and the image of each row, on the CPU.
         """
         pixels = torch.nan_to_num(images.detach().float()).clamp(0, 1).mul(255).round().byte()
         pictures, arrived = on_the_way(pixels.flip(1).permute(0, 2, 3, 1).contiguous())
@@ -180,28 +210,28 @@ class DetectedFaces(FaceFinder):
         nowhere = np.ravel(ALIGNED_LANDMARKS) * (min(height, width) / ALIGNED_SIZE)
 
         def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            found: list[list[float]] = []
+            table: list[list[float]] = []
             for image, search in enumerate(searches):
                 faces = search.result()
                 for box, landmarks in faces if all_faces else faces[:1]:
-                    found.append([*box, *landmarks.ravel(), 1, image])
+                    table.append([*box, *landmarks.ravel(), 1, image])
                 if not faces:
-                    found.append([0, 0, width, height, *nowhere, 0, image])
-            values = torch.tensor(found, dtype=torch.float32).reshape(-1, 16)
+                    table.append([0, 0, width, height, *nowhere, 0, image])
+            values = torch.tensor(table, dtype=torch.float32).reshape(-1, 16)
             return values[:, :4], values[:, 4:14].unflatten(1, (5, 2)), values[:, 14] > 0, values[:, 15].long()
 
         return rows
 
     def find(self, picture: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Box and landmarks of all faces, the largest first, by the first detector that sees one."""
-        found = (detector.detect(picture).faces() for detector in self.detectors)
-        return next((faces for faces in found if faces), [])
+        """Return box and landmarks of all faces, the largest first, by the first detector that detects one."""
+        results = (detector.detect(picture).faces() for detector in self.detectors)
+        return next((faces for faces in results if faces), [])
 
 
 def threads() -> int:
-    """How many pictures a process looks at at a time: its share of the machine's cores.
+    """Return how many images a process examines at a time: its share of the machine's cores.
 
-    Not PyTorch's number of threads, which torchrun sets to one.
+    PyTorch's number of threads does not tell, since torchrun sets it to one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1"
@@ -209,7 +239,7 @@ def threads() -> int:
 
 
 def on_the_way(values: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
-    """A copy on the CPU that may still be under way, and what waits until it is there."""
+    """Return a copy on the CPU that may still be under way, and a function that waits until it is complete."""
     if values.device.type != "cuda":
         return values.cpu().numpy(), lambda: None
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

@@ -11,13 +11,15 @@ References:
 """
 
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from typing_extensions import override
+
+from fairness_dft.files import Location
+from fairness_dft.networks.frozen import FrozenNetwork
 
 SUBSET = 1000  # pictures of each set in one estimate of the kernel distance
 
@@ -54,38 +56,33 @@ def as_list(state: list[Tensor] | Tensor) -> list[Tensor]:
     return [state] if isinstance(state, Tensor) else state
 
 
-class Inception(nn.Module):
-    """Inception-v3 with the weights of published FIDs, where they are at hand.
+class Inception(FrozenNetwork):
+    """Inception-v3 with the weights of published FIDs.
 
-    It is torch-fidelity's, which is none of this project's requirements: `pip install torch-fidelity`.
+    It is torch-fidelity's, which this project does not require: `pip install torch-fidelity`.
 
     Args:
-        path: the file of its weights, `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's releases.
+        path: The file of its weights, `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's releases.
     """
+
+    what = "Inception network (--quality_monitor.inception)"
+    allowed = "the file of Inception's weights from torch-fidelity's releases"
+    way_out = "leave it out"
+    single_file = True
+    local_only = True
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
 
-    def load(self) -> None:
-        """Load the network, once.
-
-        Raises:
-            ValueError: in one line, if the package or the file is missing or of no use.
-        """
-        if hasattr(self, "network"):
-            return
-        if not Path(self.path).is_file():
-            raise ValueError(f"--quality_monitor.inception: there is no file {self.path!r}; give Inception's weights")
+    @override
+    def _load(self, location: Location) -> None:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         try:
-            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], self.path)
+            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(location.file()))
         except ModuleNotFoundError as error:
-            raise ValueError("--quality_monitor.inception needs a package: pip install torch-fidelity") from error
-        except Exception as error:  # of whatever kind a file of other weights raises
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"--quality_monitor.inception: {self.path!r} holds no Inception ({reason})") from error
+            raise ValueError("it needs a package: pip install torch-fidelity") from error
 
     @override
     def forward(self, images: Tensor) -> Tensor:
