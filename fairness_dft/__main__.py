@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command that the first argument names.
 
     Args:
-        arguments: of the command line; those of the process by default.
+        arguments: Arguments of the command line; those of the process by default.
     """
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help"):

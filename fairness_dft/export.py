@@ -1,7 +1,7 @@
-"""Take a finetuned model away: `python -m fairness_dft.export --run runs/gender/version_0 --output fair`.
+"""Export a finetuned model: `python -m fairness_dft.export --run runs/gender/version_0 --output fair`.
 
-The folder holds the adapter as plain diffusers loads it, a copy for ComfyUI and AUTOMATIC1111, a model card and, if
-wanted, the whole pipeline with the adapter merged into its weights.
+The folder holds the adapter as plain diffusers loads it, a copy for ComfyUI and AUTOMATIC1111, a model card and, on
+request, the whole pipeline with the adapter merged into its weights.
 """
 
 if __name__ == "__main__":  # answers before the imports, which take seconds
@@ -32,22 +32,22 @@ from fairness_dft.training.finished_run import Average, FinishedRun
 from fairness_dft.training.module import FairFinetuning
 
 KOHYA_FILE = "kohya.safetensors"
-KOHYA = {"text_encoder": "lora_te", "unet": "lora_unet"}  # what the networks of Stable Diffusion 1.x and 2.x are called
+KOHYA = {"text_encoder": "lora_te", "unet": "lora_unet"}  # names of the networks of Stable Diffusion 1.x and 2.x
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is exported.
+    """Settings of the command.
 
     Args:
-        run: folder of a run, with its config.yaml and adapters/.
-        output: folder to write; it must be new.
-        step: of the adapter; the last one by default.
-        adapter: `ema`, the average, or `trained`, the last adapter as it is.
-        scale: how strongly the adapter is applied, as a factor of what the run tested.
-        merge: whether to write the whole pipeline with the adapter merged too.
-        push: name of a new repository on the Hugging Face hub, OWNER/NAME, to upload the folder to.
-        private: whether only you see that repository.
+        run: Folder of a run, with its config.yaml and adapters/.
+        output: Folder to write; it must be new or empty.
+        step: Training step of the adapter; the last one by default.
+        adapter: `ema`, the average over the training steps, or `trained`, the last adapter itself.
+        scale: Strength of the adapter, relative to that in the test of the run.
+        merge: Whether to write the whole pipeline too, with the adapter merged into it.
+        push: Name of a new repository on the Hugging Face hub, OWNER/NAME, that receives the folder.
+        private: Whether that repository is private.
     """
 
     run: str
@@ -64,7 +64,7 @@ def main(args: list[str] | None = None) -> None:
     """Export from the command line.
 
     Raises:
-        ValueError: in one line, for what the user can mend.
+        ValueError: In one line, for every mistake of the user.
     """
     settings = parsed(Settings, "export", __doc__, "--run runs/gender/version_0 --output fair", args)
     run = FinishedRun(settings.run)
@@ -74,7 +74,7 @@ def main(args: list[str] | None = None) -> None:
         check_token()
     output = Path(settings.output)
     new_folder(output)
-    with tempfile.TemporaryDirectory(dir=output.parent) as draft:  # a failure leaves no half of a folder
+    with tempfile.TemporaryDirectory(dir=output.parent) as draft:  # a failure leaves no incomplete folder
         fill(Path(draft), build(run, draft).model, folder, results, settings)
         for file in Path(draft).iterdir():
             shutil.move(file, output)
@@ -97,7 +97,7 @@ def fill(output: Path, module: FairFinetuning, folder: Path, results: Results | 
 
 
 def card_facts(module: FairFinetuning) -> CardFacts:
-    """Return what the model card says of a run besides its figures."""
+    """Return what the model card says about a run in addition to its figures."""
     faces = module.judge.faces
     networks = [getattr(network, "path", None) for network in (module.judge.classifier, *module.features)]
     return CardFacts(
@@ -112,11 +112,11 @@ def card_facts(module: FairFinetuning) -> CardFacts:
 
 
 def kohya(adapter: Adapter, name: Average) -> dict[str, Tensor]:
-    """The LoRA parts of an adapter under the names of kohya-ss, which ComfyUI and AUTOMATIC1111 read.
+    """Return the LoRA parts of an adapter under the names of kohya-ss, which ComfyUI and AUTOMATIC1111 read.
 
     Args:
-        adapter: attached.
-        name: which of its tensors.
+        adapter: The adapter, attached to a model.
+        name: Which of its tensors.
 
     Returns:
         For each layer its factors, `….lora_down.weight` with shape (rank, inputs) and `….lora_up.weight` with shape
@@ -140,12 +140,12 @@ def merge(path: str, output: Path, adapter: Adapter) -> None:
     """Write the base pipeline with an exported adapter merged into it, into the subfolder `merged`.
 
     Args:
-        path: folder or hub id of the base model.
-        output: where the adapter was exported to.
-        adapter: what kind it is; the words of a prompt prefix become part of the vocabulary.
+        path: Folder or hub id of the base model.
+        output: Folder of the exported adapter.
+        adapter: The adapter; the words of a prompt prefix become part of the vocabulary.
 
     Raises:
-        ValueError: if the base model is none of diffusers.
+        ValueError: If diffusers cannot load the base model.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -172,7 +172,7 @@ def check_token() -> None:
     """Refuse to push without a token.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: If there is none.
     """
     from huggingface_hub import get_token
 
@@ -184,17 +184,17 @@ def upload(folder: Path, repository: str, private: bool) -> None:
     """Upload a folder to the hub, into a new repository.
 
     Raises:
-        ValueError: if the hub refuses or cannot be reached.
+        ValueError: If the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
 
     try:
         url = HfApi().create_repo(repository, private=private)
         HfApi().upload_folder(folder_path=folder, repo_id=repository)
-    except Exception as error:  # of the hub, of the network, of the name
+    except Exception as error:  # from the hub, the network or the name
         raise ValueError(
-            f"--push: {repository!r} could not be uploaded ({one_line(error)}); {str(folder)!r} is complete, "
-            f"`hf upload {repository} {folder}` sends it"
+            f"--push: {repository!r} could not be uploaded ({one_line(error)}); {str(folder)!r} is complete: "
+            f"upload it with `hf upload {repository} {folder}`"
         ) from error
     print(f"Uploaded: {url}")
 

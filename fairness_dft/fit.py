@@ -30,14 +30,14 @@ from fairness_dft.training.image_grid import ImageGrid
 from fairness_dft.training.plan import print_plan
 from fairness_dft.training.quality_monitor import QualityMonitor, model_name, results_of_test
 
-SEEN = "the test figures are not of unseen prompts; a JSON file keeps the two apart (data/prompts/README.md)"
+SEEN = "the test does not measure unseen prompts; a JSON file separates the two (data/prompts/README.md)"
 
 
 def main(args: ArgsType = None) -> None:
     """Train, test on the test prompts, and write the results into the run's folder; with `--plan` only measure.
 
     Raises:
-        ValueError: in one line, for what the user can mend.
+        ValueError: In one line, for every mistake of the user.
     """
     cli = FairnessCLI(args)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
@@ -49,15 +49,15 @@ def main(args: ArgsType = None) -> None:
         print(f"warning: {len(seen)} test prompts are also trained on, such as {seen[0]!r}: {SEEN}", file=sys.stderr)
     if not module.generator.trainable:
         raise ValueError(
-            f"--model.generator: {type(module.generator).__name__} is only audited; finetune a "
-            "fairness_dft.diffusion.StableDiffusion"
+            f"--model.generator: {type(module.generator).__name__} can only be audited; use "
+            "fairness_dft.diffusion.StableDiffusion to finetune"
         )
     module.generator.check()
     find = {type(callback): callback for callback in trainer.callbacks}
     find[AdapterAverage].check(trainer.max_steps)
     module.check_end(trainer.max_steps, trainer.max_epochs)
     for monitor in (find[BiasMonitor], find[QualityMonitor]):
-        monitor.load()  # small networks first: what is wrong with them is told before the large ones load
+        monitor.load()  # small networks first, so that their errors come before the large ones load
     module.judge.load()
     tested = [] if unused["test"] else data.prompts("test")
     find[BiasMonitor].watch_named(tested)
@@ -73,7 +73,7 @@ def main(args: ArgsType = None) -> None:
         trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
     trained = time.monotonic()
     if unused["test"]:
-        return  # asked to measure nothing
+        return  # the user asked for no measurement
     with telling_what_saves_memory(module, data):
         trainer.test(module, data, verbose=False)
     log_dir = trainer.log_dir  # a broadcast: every rank must ask
@@ -96,13 +96,13 @@ def main(args: ArgsType = None) -> None:
     results.write(folder / "results.json")
     find[BiasMonitor].image_table(module, data.prompts("test")).write(folder / "per_image.csv")
     print_results(results)
-    print(f"Picture: {find[ImageGrid].file}\nResults: {folder / 'results.json'} and per_image.csv")
+    print(f"Images:  {find[ImageGrid].file}\nResults: {folder / 'results.json'} and per_image.csv")
     if trainer.loggers:
         print(f"Curves:  tensorboard --logdir {folder.parent}")
 
 
 def hyperparameters(config: Namespace) -> dict[str, str]:
-    """The settings in which runs differ most, by short names, as text."""
+    """Return the settings in which runs differ most, by short names, as text."""
     keys = ("model.attribute.name", "model.adapter.class_path", "model.learning_rate", "model.semantics_weight")
     keys += ("data.init_args.images_per_prompt", "trainer.max_steps", "seed_everything")
     names = ("attributes", "adapter", "learning_rate", "semantics_weight", "images_per_prompt", "steps", "seed")
@@ -110,22 +110,22 @@ def hyperparameters(config: Namespace) -> dict[str, str]:
 
 
 def check_targets(attribute: Attribute, data: PromptModule, splits: Sequence[str]) -> None:
-    """Refuse a target for what no prompt is about.
+    """Refuse a target whose key is not a prompt, subject or concept.
 
     Raises:
-        ValueError: if there is one.
+        ValueError: If there is one.
     """
     known = {key for split in splits for prompt in data.prompts(split) for key in prompt}
     if unknown := [key for key in attribute.targets if key not in known]:
         concepts = ", ".join(sorted({prompt.concept for split in splits for prompt in data.prompts(split)}))
         raise ValueError(
-            f"--model.attribute.targets: {unknown[0]!r} is no prompt, subject or concept of the prompts; "
+            f"--model.attribute.targets: {unknown[0]!r} is not a prompt, subject or concept of the prompts; "
             f"their concepts are {concepts}"
         )
 
 
 def tested_and_trained(data: PromptModule) -> list[str]:
-    """The test prompts that are also training prompts, as all of a plain text file are."""
+    """Return the test prompts that are also training prompts, as all prompts of a plain text file are."""
     trained = {normalize(prompt.text) for prompt in data.prompts("train")}
     return [prompt.text for prompt in data.prompts("test") if normalize(prompt.text) in trained]
 

@@ -136,7 +136,7 @@ def test_mistakes_are_one_line(
     mistakes = [
         ([f"--run={folder}"], "--output"),
         ([f"--run={folder}", f"--output={output}", "--push=me/fair"], "there is no Hugging Face token"),
-        ([f"--run={folder}", f"--output={folder}"], "is there already"),
+        ([f"--run={folder}", f"--output={folder}"], "already exists"),
         ([f"--run={folder}", f"--output={output}", "--step=9"], "--step must be one of 1"),
     ]
     assert not output.exists()
@@ -157,7 +157,7 @@ def test_pushing_uploads_the_folder(run: tuple[str, Path], tmp_path: Path, monke
         def create_repo(self, name: str, private: bool) -> str:
             assert private
             if name in uploaded:
-                raise OSError("409: it is there already")
+                raise OSError("409: it already exists")
             return f"https://hub/{name}"
 
         def upload_folder(self, folder_path: Path, repo_id: str) -> None:
@@ -169,7 +169,7 @@ def test_pushing_uploads_the_folder(run: tuple[str, Path], tmp_path: Path, monke
     main([f"--run={folder}", f"--output={tmp_path / 'new'}", "--push=me/fair"])
     weights = ["learned_embeds.safetensors"] if kind == "prefix" else [KOHYA_FILE, "pytorch_lora_weights.safetensors"]
     assert uploaded == {"me/fair": sorted(["README.md", *weights])}
-    with pytest.raises(ValueError, match="could not be uploaded .409: it is there already.*is complete"):
+    with pytest.raises(ValueError, match="could not be uploaded .409: it already exists.*is complete"):
         main([f"--run={folder}", f"--output={tmp_path / 'again'}", "--push=me/fair"])
     assert (tmp_path / "again" / "README.md").is_file()
 

@@ -135,14 +135,14 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     for arguments, said in (
         (["--prompts=[a]"], "--run"),
         ([f"--run={run}", *some, *output, "--sede=1"], "did you mean --seed?"),
-        ([f"--run={run}", *some, *output, "--qqqqq=1"], "--help shows what there is"),
+        ([f"--run={run}", *some, *output, "--qqqqq=1"], "--help shows all settings"),
         ([f"--run={tmp_path}", *some, *output], "is no run"),
         ([f"--run={empty}", *some, *output], "before it exported any"),
-        ([f"--run={run}", *output], "there is nothing to draw"),
+        ([f"--run={run}", *output], "no prompt was given"),
         ([f"--run={run}", *some, *output, "--step=7"], "--step must be one of 1, but got 7"),
         ([f"--run={run}", *some, *output, "--images=0"], "--images must be positive"),
         ([f"--run={run}", *some, *output, "--adapter=best"], "ema"),
-        ([f"--run={run}", *some, f"--output={tmp_path / 'full'}"], "is there already"),
+        ([f"--run={run}", *some, f"--output={tmp_path / 'full'}"], "already exists"),
         ([f"--run={run}", *output, f"--file={tmp_path / 'none.txt'}"], "there is no such file"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -273,7 +273,7 @@ def test_mistakes_are_one_line(faces: Path, backbone: Path, tmp_path: Path) -> N
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "model").write_text("precious")
     for changes, message in (
-        ({"output": tmp_path / "there"}, "--output: .* is there already"),
+        ({"output": tmp_path / "there"}, "--output: .* already exists"),
         ({"output": tmp_path / "there" / "model" / "x"}, "--output: cannot write"),
         ({"model.backbone": "no/such-backbone"}, "--model.backbone. 'no/such-backbone' could not be loaded"),
         ({"model.smoothing": 1.5}, "`smoothing` must be in"),
@@ -355,7 +355,7 @@ def test_a_stopped_training_goes_on_in_its_folder(faces: Path, backbone: Path, t
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
     main(flags(faces, backbone, output, **{"trainer.max_epochs": 2, "ckpt_path": checkpoint}))
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2 * steps > 0
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         main(flags(faces, backbone, output))
 
 

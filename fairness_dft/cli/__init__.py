@@ -1,1 +1,1 @@
-"""The command line: Lightning's CLI with one line for every mistake, and what the commands share."""
+"""The command line: configurations, help, one line for every mistake, and what the commands share."""

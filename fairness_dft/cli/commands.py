@@ -1,4 +1,4 @@
-"""What all commands share: parse settings, check folders, and end with one line on a mistake."""
+"""Functions of all commands: parse settings, check folders, and turn a mistake into one line."""
 
 import logging
 import os
@@ -23,52 +23,54 @@ Settings = TypeVar("Settings")
 
 
 def parsed(
-    kind: type[Settings], command: str, description: str | None, example: str, args: list[str] | None
+    settings: type[Settings], command: str, description: str | None, example: str, args: list[str] | None
 ) -> Settings:
-    """The command line of a command that has no trainer: one flag for each field of a dataclass.
+    """Parse the command line of a command without a trainer: one flag for each field of a dataclass.
 
     Args:
-        kind: the dataclass.
-        command: the name of the module that is run.
-        description: what it does.
-        example: arguments with which it runs.
-        args: of the command line; those of the process by default.
+        settings: The dataclass.
+        command: Name of its module.
+        description: What the command does.
+        example: Arguments of a call.
+        args: Arguments of the command line; those of the process by default.
 
     Raises:
-        ValueError: in one line, for any mistake.
+        ValueError: In one line, for every mistake.
     """
     args = answer_help(command, args)
     parser = ArgumentParser(prog=program(command), description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(kind)
+    parser.add_class_arguments(settings)
     try:
-        return kind(**vars(parser.parse_args(args)))
+        return settings(**vars(parser.parse_args(args)))
     except ArgumentError as error:
         out = way_out(str(error), parser.get_defaults().keys(), example)
         raise ValueError(innermost(str(error)) + out) from error
 
 
 def resumable(file: Path) -> None:
-    """Refuse a file that is no checkpoint of a run.
+    """Refuse a file that is not a checkpoint of a run.
 
     Raises:
-        ValueError: if it is not there or holds something else.
+        ValueError: If it does not exist or holds something else.
     """
-    where = "checkpoints lie in a run's checkpoints/ folder"
+    where = "checkpoints are in the checkpoints/ folder of a run"
     if not file.is_file():
         raise ValueError(f"--ckpt_path: there is no file {str(file)!r}; {where}")
     try:
-        known = {"state_dict", "loops"} <= torch.load(file, map_location="cpu", weights_only=True, mmap=True).keys()
-    except Exception:  # whatever the bytes of another file make of the unpickler
-        known = False
-    if not known:
-        raise ValueError(f"--ckpt_path: {str(file)!r} is no checkpoint of a run; {where}")
+        is_checkpoint = {"state_dict", "loops"} <= torch.load(
+            file, map_location="cpu", weights_only=True, mmap=True
+        ).keys()
+    except Exception:  # another file makes the unpickler raise any error
+        is_checkpoint = False
+    if not is_checkpoint:
+        raise ValueError(f"--ckpt_path: {str(file)!r} is not a checkpoint of a run; {where}")
 
 
 def writable(folder: Path) -> None:
     """Refuse an output folder that cannot be written.
 
     Raises:
-        ValueError: if it cannot be made or holds no new file.
+        ValueError: If it cannot be created, or no file can be created in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,28 +82,33 @@ def writable(folder: Path) -> None:
 
 
 def new_folder(folder: Path) -> None:
-    """Make a folder for results.
+    """Create a folder for results.
 
     Raises:
-        ValueError: if it holds something already, or cannot be written.
+        ValueError: If it already holds something, or cannot be written.
     """
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"--output: {str(folder)!r} is there already; choose another name, or remove it")
+            raise ValueError(f"--output: {str(folder)!r} already exists; choose another name, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output: cannot write {str(folder)!r} ({error.strerror}); choose another place") from None
 
 
 def run_main(main: Any) -> None:
-    """Run a command; a mistake becomes one line on standard error and exit status 2, a stop is no success.
+    """Run a command; a mistake becomes one line on standard error and exit status 2, and a stop is not a success.
 
-    FAIRNESS_DFT_TRACEBACK=1 shows the whole traceback, for who develops.
+    FAIRNESS_DFT_TRACEBACK=1 shows the whole traceback, for developers.
     """
-    for talker in ("lightning.pytorch", "lightning.fabric.utilities.distributed"):  # they tell every start and process
+    for talker in (
+        "lightning.pytorch",
+        "lightning.fabric.utilities.distributed",
+    ):  # they report every start and process
         logging.getLogger(talker).setLevel(logging.WARNING)
-    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)  # it tells what it does without
-    for own in (".*LeafSpec.*deprecated", ".*all_gather is deprecated"):  # calls that lightning makes
+    logging.getLogger("transformers.utils.import_utils").setLevel(
+        logging.ERROR
+    )  # it reports optional packages that are missing
+    for own in (".*LeafSpec.*deprecated", ".*all_gather is deprecated"):  # calls of lightning
         warnings.filterwarnings("ignore", message=own, category=FutureWarning)
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run has a folder of its own
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")  # a resumed classifier has its old one
@@ -109,11 +116,11 @@ def run_main(main: Any) -> None:
         with in_one_line():
             main()
         if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()  # whose threads would else die with the process, and say so
+            distributed.destroy_process_group()  # its threads would print an error when the process ends
     except (ValueError, MisconfigurationException) as error:
         if os.environ.get("FAIRNESS_DFT_TRACEBACK") == "1":
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, SIGTERMException) as stop:  # where Lightning ends with status 0, or is not at work
+    except (KeyboardInterrupt, SIGTERMException) as stop:  # Lightning would exit with status 0
         sys.exit(128 + (signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT))

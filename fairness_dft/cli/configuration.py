@@ -22,7 +22,7 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a command with every configuration found, completed and in the names of today.
 
     Args:
-        arguments: of the command line.
+        arguments: Arguments of the command line.
 
     Raises:
         ValueError: If a configuration, or the base of one, does not exist.
@@ -52,8 +52,8 @@ def located(name: str, folder: Path = Path()) -> Path | None:
     """Return the file that a name stands for; None if there is none.
 
     Args:
-        name: a path, or the name of a shipped file such as `race`, `portraits` or `parts/base.yaml`.
-        folder: where a relative path starts; the shipped experiments come next.
+        name: A path, or the name of a shipped file such as `race`, `portraits` or `parts/base.yaml`.
+        folder: Where a relative path starts; the shipped experiments come next.
     """
     stem = name.removesuffix(".yaml").removeprefix("experiments/")
     own = [shipped(room / f"{FILES.get(stem, stem)}.yaml") for room in ROOMS]
@@ -116,9 +116,9 @@ def _collect_bases(value: str, bases: dict[Path, str], above: tuple[Path, ...] =
     """Add the bases of a configuration, and theirs before them.
 
     Args:
-        value: of a `--config`.
-        bases: the text of each base by its file, in their order; extended in place.
-        above: the files that led here, which are not added again.
+        value: The value of a `--config`.
+        bases: The text of each base by its file, in their order; extended in place.
+        above: The files that led here, which are not added again.
 
     Raises:
         ValueError: If one does not exist.

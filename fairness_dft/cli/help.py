@@ -49,8 +49,8 @@ def answer_help(command: str, arguments: Sequence[str] | None = None) -> list[st
     """Print the help of a command and exit, if the arguments ask for it.
 
     Args:
-        command: name of its module.
-        arguments: of the command line; those of the process by default.
+        command: Name of its module.
+        arguments: Arguments of the command line; those of the process by default.
 
     Returns:
         The arguments, in which `--help=all` is the parser's `--help`.
@@ -81,7 +81,7 @@ def command_help(command: str) -> str:
     """Return the help of a command as text.
 
     Args:
-        command: name of its module.
+        command: Name of its module.
     """
     source = PACKAGE / f"{command}.py"
     tree, name = _tree(source), program(command)
@@ -136,7 +136,7 @@ def choosable(base: str) -> list[str]:
     """Return the public classes that may be chosen where a base class is expected.
 
     Args:
-        base: name of the base class.
+        base: Name of the base class.
     """
     classes = _classes()
 

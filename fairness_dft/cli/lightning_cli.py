@@ -1,4 +1,4 @@
-"""The command line: Lightning's CLI with this project's monitors, one line for every mistake, and one run folder."""
+"""Lightning's command line with the monitors of this project, one line for every mistake, and one folder per run."""
 
 import warnings
 from pathlib import Path
@@ -38,18 +38,18 @@ MONITORS = {
 
 
 class OneLineCLI(LightningCLI):
-    """Lightning's CLI, in which every mistake is one line, told before a model is loaded.
+    """Lightning's command line, in which every mistake becomes one line before a model is loaded.
 
     Args:
-        command: the name of the module that is run.
-        module: the LightningModule that is built.
-        data: the base class of the data that is built.
-        args: of the command line; those of the process by default.
-        example: arguments with which the command runs.
-        trainer_defaults: what the trainer is made with unless the user says otherwise.
+        command: Name of the module that is run.
+        module: The LightningModule that is built.
+        data: Base class of the data that is built.
+        args: Arguments of the command line; those of the process by default.
+        example: Arguments of a call, for messages.
+        trainer_defaults: Arguments of the trainer that the user can override.
 
     Raises:
-        ValueError: in one line, for any mistake in configuration.
+        ValueError: In one line, for every mistake in the configuration.
     """
 
     def __init__(
@@ -103,21 +103,21 @@ class OneLineCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
-            hint = "where it is about the machine, leave accelerator and devices to auto"
+            hint = "if the machine is the reason, leave accelerator and devices to auto"
             raise ValueError(f"--trainer: {one_line(error).rstrip('.!')}; {hint}") from error
 
 
 class FairnessCLI(OneLineCLI):
-    """Builds module, prompts, monitors and trainer from YAML files and flags; later ones win.
+    """Builds module, prompts, monitors and trainer from YAML files and flags, of which later ones win.
 
     Args:
-        args: of the command line; those of the process by default.
-        command: the name of the module that is run.
+        args: Arguments of the command line; those of the process by default.
+        command: Name of the module that is run.
         module: What is built; of the settings of a finetuning it takes those that it has, and ignores the others.
-        example: arguments with which the command runs.
+        example: Arguments of a call, for messages.
 
     Raises:
-        ValueError: in one line, for any mistake in configuration, before a model is loaded.
+        ValueError: In one line, for every mistake in the configuration, before a model is loaded.
     """
 
     def __init__(
@@ -143,17 +143,17 @@ class FairnessCLI(OneLineCLI):
         for seed in ("model.seed", "data.init_args.seed"):
             parser.link_arguments("seed_everything", seed, compute_fn=int)
         parser.add_argument("--name", type=str, default="run", help="Name of the experiment and of its folder.")
-        parser.add_argument("--output", type=str, default="runs", help="Folder that receives all runs.")
+        parser.add_argument("--output", type=str, default="runs", help="Folder for all runs.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume from.")
         parser.add_argument(
-            "--plan", action="store_true", help="Measure a few steps, print what a fit takes, and stop."
+            "--plan", action="store_true", help="Estimate time and memory from a few measured steps, then exit."
         )
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         if self.config.plan and self.command != "fit":
-            raise ValueError(f"--plan is for fairness_dft.fit, not for fairness_dft.{self.command}: leave it out")
+            raise ValueError(f"--plan belongs to fairness_dft.fit, not to fairness_dft.{self.command}: remove it")
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -172,13 +172,13 @@ class FairnessCLI(OneLineCLI):
         if logger or logger is None:
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         else:
-            kwargs["default_root_dir"] = tensorboard.log_dir  # a run without curves has its own folder too
+            kwargs["default_root_dir"] = tensorboard.log_dir  # a run without curves also has its own folder
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False and not self.own_progress_bar():
             self.trainer_defaults["callbacks"].append(StepBar())
         return super().instantiate_trainer(**kwargs)
 
     def own_progress_bar(self) -> bool:
-        """Whether the user's configuration brings a progress bar of its own."""
+        """Return whether the user's configuration has its own progress bar."""
         callbacks = self._get(self.config_init, "trainer.callbacks")
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         return any(isinstance(callback, ProgressBar) for callback in callbacks)

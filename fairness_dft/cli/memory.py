@@ -1,4 +1,4 @@
-"""Where memory does not suffice: one line that names the settings to lower, and what each would save."""
+"""Out-of-memory errors in one line, with the settings to lower and what each of them saves."""
 
 import traceback
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from fairness_dft.training.fairness_loss import FairnessLoss
 
 
 class MemoryNeeded(ValueError):
-    """There is not enough memory, in one line."""
+    """An out-of-memory error in one line."""
 
 
 @contextmanager
 def in_one_line(advice: str = "let the command work on fewer images at a time, or smaller ones") -> Iterator[None]:
-    """Within, an out-of-memory error becomes one line.
+    """Turn an out-of-memory error into one line.
 
     Args:
-        advice: what to do.
+        advice: What to do.
 
     Raises:
-        MemoryNeeded: in place of that error.
+        MemoryNeeded: In place of that error.
     """
     try:
         yield
@@ -36,14 +36,14 @@ def in_one_line(advice: str = "let the command work on fewer images at a time, o
 
 @contextmanager
 def telling_what_saves_memory(module: Evaluation, data: PromptModule) -> Iterator[None]:
-    """Within, an out-of-memory error becomes one line with three settings to lower, and what each would save.
+    """Turn an out-of-memory error into one line with three settings to lower, and what each of them saves.
 
     Args:
-        module: what is trained or tested.
-        data: its prompts.
+        module: The module that is trained or tested.
+        data: Its prompts.
 
     Raises:
-        MemoryNeeded: in place of that error.
+        MemoryNeeded: In place of that error.
     """
     try:
         yield
@@ -57,17 +57,17 @@ def telling_what_saves_memory(module: Evaluation, data: PromptModule) -> Iterato
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU, or the allocator of the CPU, refused to allocate."""
+    """Return whether a GPU, or the allocator of the CPU, failed to allocate."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def needed(error: RuntimeError, advice: str) -> str:
-    """The one line."""
-    return f"the memory does not suffice ({one_line(error).partition('. ')[0]}); {advice}"
+    """Return the one line."""
+    return f"not enough memory ({one_line(error).partition('. ')[0]}); {advice}"
 
 
 def of_training(module: FairnessLoss, data: PromptModule) -> str:
-    """What saves memory in a training step."""
+    """Return what saves memory in a training step."""
     sampler, images = module.sampler, data.images_per_prompt
     share = max(1, images // module.trainer.world_size)
     at_once = min(sampler.images_at_once or share, share)
@@ -92,7 +92,7 @@ def of_training(module: FairnessLoss, data: PromptModule) -> str:
 
 
 def of_evaluation(module: Evaluation, data: PromptModule) -> str:
-    """What saves memory in a validation or test."""
+    """Return what saves memory in a validation or test."""
     sampler = module.evaluation_sampler
     testing = module.trainer.state.fn == "test"
     name, images = (

@@ -1,4 +1,4 @@
-"""Error messages of the command line: the parser's, cut to one line that says what to do."""
+"""Error messages of the parser, reduced to one line that says what to do."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from pydoc import locate
 
 from jsonargparse import Namespace
 
-# How the parser words its messages: what is about its search alone, and the types that it tried.
+# Parts of the parser's messages: those about its own search, and the types that it tried.
 SEARCH = re.compile(
     r"Does not validate|Subtypes: |Errors:$|Given value|Expected a <class 'NoneType'>|Expected a path but "
 )
@@ -19,11 +19,11 @@ EXPECTED = re.compile(rf"Expected a (?:{TYPE})(?:(?:\. Got value)?: (.*))?$")
 
 
 def innermost(message: str, config: Namespace | None = None) -> str:
-    """What the parser found wrong, with its key, without all that the value could have been instead.
+    """Return the reason for which the parser refused a value, with the key, without the alternatives that it tried.
 
     Args:
-        message: the parser's, in which every level of nesting has lines of its own.
-        config: what was parsed, to look the key up where the message has none.
+        message: Message of the parser, with lines for every level of nesting.
+        config: The parsed configuration, to look up the key if the message has none.
     """
     keys = re.findall(r'Parser key "(.+?)":', message)
     given = re.search(r"Given value: (.*)", message)  # the first is the innermost
@@ -43,12 +43,12 @@ def innermost(message: str, config: Namespace | None = None) -> str:
 
 
 def way_out(message: str, options: Iterable[str], example: str) -> str:
-    """What to do about a mistake that the parser only names; nothing, if it does more.
+    """Return what to do about a mistake that the parser only names; empty if the message says it.
 
     Args:
-        message: the parser's.
-        options: all that the command line knows, without dashes.
-        example: arguments with which the command runs.
+        message: Message of the parser.
+        options: All options of the command line, without dashes.
+        example: Arguments of a call.
     """
     if "arguments are required" in message:
         return f"; give them, for example {example}"
@@ -65,4 +65,4 @@ def way_out(message: str, options: Iterable[str], example: str) -> str:
     close = get_close_matches(name, options - {name}, n=1)
     if close:
         return f"; did you mean {dashes}{close[0]}?"
-    return f"; {more} shows what there is"
+    return f"; {more} shows all settings"

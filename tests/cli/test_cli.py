@@ -1,4 +1,4 @@
-"""The command line: what a user types, and the one line that each mistake earns."""
+"""The command line: what a user types, and the one line that each mistake gives."""
 
 import json
 import os
@@ -117,7 +117,7 @@ def test_missing_weights_earn_one_line_and_no_traceback(tmp_path):
             ["--model.attribute.semantics_factor={race: 0.2}"],
             "semantics_factor must be one number, or one for each of gender",
         ),
-        (["--model.attribute.targets={spots: uniform}"], "'spots' is no prompt, subject or concept of the prompts"),
+        (["--model.attribute.targets={spots: uniform}"], "'spots' is not a prompt, subject or concept of the prompts"),
         (["--model.attribute.targets={occupation: [1]}"], "attribute.targets of 'occupation' must be 2 numbers"),
         (["--model.learning_rate=-1"], "--model.learning_rate must be finite and not negative, but is -1"),
         (["--model.semantics_weight=.nan"], "--model.semantics_weight must be finite and not negative"),
@@ -156,7 +156,7 @@ def test_missing_split_is_refused_before_a_model_is_loaded(tmp_path, capsys, unl
             main(small(tmp_path, *mine, "--trainer.limit_val_batches=0"))
 
 
-def test_own_prompts_on_the_miniature_are_told_the_way_out(tmp_path, capsys, unloaded):
+def test_own_prompts_on_the_miniature_get_the_way_out(tmp_path, capsys, unloaded):
     file = tmp_path / "mine.txt"
     file.write_text("a chef\n")
     arguments = small(tmp_path, f"--data.init_args.file={file}")
@@ -168,7 +168,7 @@ def test_own_prompts_on_the_miniature_are_told_the_way_out(tmp_path, capsys, unl
     assert [prompt.text for prompt in cli.datamodule.prompts("train")] == ["a chef"]
 
 
-def test_prompts_both_trained_on_and_tested_are_warned_of(tmp_path, capsys):
+def test_prompts_that_are_trained_on_and_tested_get_a_warning(tmp_path, capsys):
     file = tmp_path / "mine.txt"
     file.write_text("A chef\na judge\na nurse\n")
     mine = ["--data.init_args.train_subjects=null", "--data.init_args.test_prompts=2", "--name=mine"]
@@ -176,7 +176,7 @@ def test_prompts_both_trained_on_and_tested_are_warned_of(tmp_path, capsys):
     main(small(tmp_path, f"--data.init_args.file={file}", *mine))
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and "2 test prompts are also trained on, such as 'A chef'" in warnings[0]
-    assert "not of unseen prompts" in warnings[0] and "JSON" in warnings[0]
+    assert "does not measure unseen prompts" in warnings[0] and "JSON" in warnings[0]
     run = json.loads((tmp_path / "mine" / "version_0" / "results.json").read_text())["run"]
     assert run["test_prompts_trained_on"] == run["test_prompts"] == ["A chef", "a judge"]
 
@@ -256,7 +256,7 @@ def test_experiments_fit_the_numbers_of_gpus_that_they_name(name, tmp_path):
         ("--model.betas=3", "--model.betas: must be tuple, but got 3"),
     ],
 )
-def test_mistakes_are_told_by_their_key_and_without_the_parsers_search(tmp_path, capsys, more, line):
+def test_mistakes_name_their_key_without_the_search_of_the_parser(tmp_path, capsys, more, line):
     files = {"bad": tmp_path / "bad.json", "nested": tmp_path / "nested.yaml"}
     files["bad"].write_text('{"concept" "job"}')
     files["nested"].write_text("data:\n  init_args:\n    fil: mine.json\n")
@@ -272,15 +272,15 @@ def test_mistakes_are_told_by_their_key_and_without_the_parsers_search(tmp_path,
         (["--data.init_args.fil=x"], "--data: Option 'fil' is not accepted; did you mean file?"),
         (["--data=MixedPrompts", "--data.init_args.weighs=[1]"], "did you mean weights?"),
         (["--config={misspelt}"], "'atribute.name'; did you mean --model.attribute?"),
-        (["--quite.another=1"], "--quite.another=1; --print_config shows what there is"),
+        (["--quite.another=1"], "--quite.another=1; --print_config shows all settings"),
         (["experiments/race.yaml"], "write --config experiments/race.yaml"),
         (["--trainer.accelerator=gpu"], "leave accelerator and devices to auto"),
         (["--trainer.devices=3.5"], "leave accelerator and devices to auto"),
-        (["--ckpt_path={misspelt}"], "misspelt.yaml' is no checkpoint of a run; checkpoints lie in"),
-        (["--ckpt_path={weights}"], "model.safetensors' is no checkpoint of a run"),
+        (["--ckpt_path={misspelt}"], "misspelt.yaml' is not a checkpoint of a run; checkpoints are in"),
+        (["--ckpt_path={weights}"], "model.safetensors' is not a checkpoint of a run"),
     ],
 )
-def test_mistakes_are_told_with_the_way_out(tmp_path, capsys, monkeypatch, more, way_out):
+def test_mistakes_come_with_the_way_out(tmp_path, capsys, monkeypatch, more, way_out):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     files = {"misspelt": tmp_path / "misspelt.yaml", "weights": ROOT / "data/portraits/dino/model.safetensors"}
     files["misspelt"].write_text("model:\n  atribute:\n    name: gender\n")
@@ -369,7 +369,7 @@ def test_out_of_memory_of_the_cpu_is_one_line_in_every_command(capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(exhausted)
     assert stop.value.code == 2
-    assert re.fullmatch(r"error: the memory does not suffice \(.*\); let the command .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: not enough memory \(.*\); let the command .*\n", capsys.readouterr().err)
 
 
 def test_a_monitor_that_cannot_load_is_refused_before_any_large_network(tmp_path, capsys, monkeypatch):

@@ -97,7 +97,7 @@ def test_finetuning_is_rejected() -> None:
         "--model.generator=fairness_dft.diffusion.AnyPipeline",
         f"--model.generator.init_args.path={PIPELINE}",
     ]
-    with pytest.raises(ValueError, match="AnyPipeline is only audited"):
+    with pytest.raises(ValueError, match="AnyPipeline can only be audited"):
         fit([QUICKSTART, *generator])
 
 

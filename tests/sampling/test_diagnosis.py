@@ -193,5 +193,5 @@ def test_mistakes_are_told_in_one_line(arguments: list[str], message: str, tmp_p
 
 
 def test_what_is_there_is_kept(diagnosed: Path) -> None:
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         main([*MINIATURE, f"--output={diagnosed.parent}"])

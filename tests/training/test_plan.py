@@ -147,7 +147,7 @@ def test_a_plan_leaves_the_module_as_it_is() -> None:
 
 
 def test_only_a_fit_has_a_plan(tmp_path, capsys) -> None:
-    with pytest.raises(ValueError, match="--plan is for fairness_dft.fit, not for fairness_dft.evaluate: leave it out"):
+    with pytest.raises(ValueError, match="--plan belongs to fairness_dft.fit, not to fairness_dft.evaluate: remove it"):
         evaluate.main(small(tmp_path, "--plan"))
     assert "no end" in refused(capsys, small(tmp_path, "--plan", "--trainer.max_steps=-1", "--model.schedule=constant"))
 
