@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fairness_dft.alignment.targets import PromptTargets
+from fairness_dft.alignment.targets import PromptTargets, check_names
 from fairness_dft.attributes import Attribute, TargetDistribution
 from fairness_dft.prompts.files import Prompt
 
@@ -91,3 +91,12 @@ def test_marginals_and_shares_are_sums_over_the_other_axes() -> None:
 def test_a_distribution_of_another_shape_than_its_classes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must have the shape of the classes, \(2, 4, 2\), but got \(2, 2\)"):
         TargetDistribution(torch.ones(2, 2, dtype=torch.float64) / 4, CLASSES)
+
+
+def test_a_name_that_is_no_class_needs_a_target_of_its_own() -> None:
+    attribute = Attribute("gender", targets={"a queen": [0.0, 1.0], "chef": [0.5, 0.5]})
+    known = [prompt("a chef"), prompt("a woman", gender="woman"), prompt("an ancient chef", age="ancient")]
+    check_names(attribute, CLASSES.get, [*known, prompt("a queen", gender="queen")])
+    for chosen in ("queen", None):
+        with pytest.raises(ValueError, match=f"'a lady' names gender {chosen!r}, but .* man, woman; corr"):
+            check_names(attribute, CLASSES.get, [*known, prompt("a lady", gender=chosen)])

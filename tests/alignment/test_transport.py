@@ -97,6 +97,8 @@ def test_hand_worked_two_images() -> None:
     torch.testing.assert_close(targets.probabilities, torch.tensor([[0.75, 0.25], [0.25, 0.75]]))
     torch.testing.assert_close(targets.classes, torch.tensor([0, 1]))
     torch.testing.assert_close(targets.confidence, torch.tensor([0.75, 0.75]))
+    assert targets.decided(0.75).tolist() == [True, True]  # as sure as asked for is sure enough
+    assert targets.decided(0.76).tolist() == [False, False]
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 8])

@@ -19,7 +19,7 @@ from fairness_dft.metrics.bias import (
     frequency_drift,
     summarize_bias,
 )
-from fairness_dft.metrics.fairness_metric import FairnessMetric
+from fairness_dft.metrics.fairness_metric import FairnessMetric, PairMetric
 
 
 def observe(metric: FairnessMetric, batches: Sequence[tuple[int, torch.Tensor, torch.Tensor]]) -> BiasSummary:
@@ -253,6 +253,16 @@ def test_forward_gives_the_batch_and_accumulates(batches: list) -> None:
     assert batch.as_dict() == alone.as_dict()
     both = observe(FairnessMetric(("a", "b", "c"), prompts=4), [batches[0], batches[3]])
     assert metric.compute().as_dict() == both.as_dict()
+
+
+def test_pairs_by_hand() -> None:
+    """A row is what was seen before, a column what was seen after; the last of either is no face."""
+    metric, every = PairMetric(2, prompts=2), torch.ones(3, dtype=torch.bool)
+    metric.update(1, torch.tensor([0, 0, 1]), every, torch.tensor([1, 1, 1]), every)
+    metric.update(
+        1, torch.tensor([1, 0]), torch.tensor([True, False]), torch.tensor([0, 0]), torch.tensor([False, True])
+    )
+    assert metric.compute().tolist() == [[[0] * 3] * 3, [[0, 2, 0], [0, 1, 1], [1, 0, 0]]]
 
 
 def test_similarities_are_averaged_by_the_library() -> None:

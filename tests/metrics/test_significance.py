@@ -183,8 +183,15 @@ def test_swap_test_by_brute_force(target: list[float] | None) -> None:
 
 def test_swap_test_at_its_ends() -> None:
     assert swap_test([[[5, 0, 0], [0, 5, 0], [0, 0, 0]]]) == 1  # nothing changed
-    assert np.isnan(swap_test([[[0, 0, 0], [0, 0, 0], [0, 0, 3]]]))
-    assert swap_test([[[20, 0, 0], [20, 0, 0], [0, 0, 0]]] * 3) == pytest.approx(1 / 2001)
+    changed = [[[20, 0, 0], [20, 0, 0], [0, 0, 0]]] * 3
+    assert swap_test(changed) == pytest.approx(1 / 2001)
+    for faceless in (
+        [[0, 0, 0], [0, 0, 0], [0, 0, 3]],
+        [[0, 0, 0], [0, 0, 0], [3, 0, 0]],  # before
+        [[0, 0, 3], [0, 0, 0], [0, 0, 0]],  # after
+    ):
+        assert np.isnan(swap_test([faceless]))
+        assert swap_test([faceless, *changed]) == swap_test(changed)
 
 
 def test_swap_test_sees_small_changes_of_pairs_and_few_where_there_are_none() -> None:

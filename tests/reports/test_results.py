@@ -65,6 +65,21 @@ def test_an_improvement_that_may_be_chance_has_no_overfit() -> None:
         assert build_results(["gender"], EVEN, PROMPTS, measured).classifier_overfit["independent"] == {"gender": None}
 
 
+@pytest.mark.parametrize(
+    ("training", "independent"),
+    [
+        (([24, 16], [40, 0]), ([24, 16], [32, 8])),  # it rose
+        (([20, 20], [40, 0]), ([24, 16], [20, 20])),  # there was nothing to reduce
+        (([40, 0], [20, 20]), ([20, 20], [20, 20])),  # the other classifier saw nothing to reduce
+    ],
+)
+def test_no_overfit_is_reported_where_the_bias_did_not_fall(training: tuple, independent: tuple) -> None:
+    sides = [{"original": [before] * 2, "ema": [after] * 2} for before, after in (training, independent)]
+    results = build_results(["gender"], EVEN, PROMPTS, Measured(seen_by(training=sides[0], independent=sides[1])))
+    assert results.bias["training"]["gender"].p_value < 0.05
+    assert results.classifier_overfit == {"independent": {"gender": None}}
+
+
 def test_unequal_targets_are_measured_by_their_distance() -> None:
     """From even to three women of four: the bias rises, and that is what was wanted."""
     sides = {"original": [[20, 20], [20, 20]], "ema": [[10, 30], [10, 30]]}

@@ -2,7 +2,10 @@
 
 import copy
 import csv
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from PIL import Image
 from tiny import build_tiny_pipeline
 from torch.testing import assert_close
 
-from fairness_dft.diagnose import chosen_prompt, main
+from fairness_dft.diagnose import Diagnosis, chosen_prompt, main, steps_table
 from fairness_dft.prompts.files import Prompt
 from fairness_dft.sampling.diagnosis import PATHS, GradientStatistics, clipped, flatten, passes, step_gradients
 from fairness_dft.sampling.gradients import GradientPath
@@ -153,6 +156,30 @@ def test_batches_are_of_one_prompt_with_noise_of_their_own(tmp_path: Path, monke
     monkeypatch.setattr("fairness_dft.diagnose.compare_paths", see)
     with pytest.raises(Seen):
         main([*MINIATURE, f"--output={tmp_path}", "--batches=5", "--prompt=financial manager"])
+
+
+def test_every_seed_and_batch_draws_by_itself() -> None:
+    weight, drawn = torch.zeros(1, requires_grad=True), []
+
+    def loss(batch: object, random: torch.Generator) -> torch.Tensor:
+        drawn.append(tuple(torch.rand(2, generator=random).tolist()))
+        return weight.sum()
+
+    adapter = SimpleNamespace(parameters=lambda: [weight])
+    for seed, batch in product(range(4), range(4)):
+        Diagnosis.test_step(SimpleNamespace(seed=seed, loss=loss, adapter=adapter, gradients=[]), None, batch)
+    assert len(set(drawn)) == 4**2
+
+
+def test_every_seed_and_noise_has_its_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    directions = []
+    monkeypatch.setattr("fairness_dft.diagnose.step_gradients", lambda *inputs: directions.append(inputs[4]) or [])
+    generator = SimpleNamespace(noise=lambda seeds: torch.zeros(1, 4, 2, 2))
+    adapter = SimpleNamespace(using=lambda name: nullcontext())
+    for seed in range(4):
+        module = SimpleNamespace(seed=seed, sampler=Sampler(steps=2), generator=generator, adapter=adapter)
+        steps_table(module, "a chef", noises=4)
+    assert len({tuple(direction.flatten().tolist()) for direction in directions}) == 4**2
 
 
 def test_a_diagnosis_leaves_tables_and_pictures(diagnosed: Path) -> None:

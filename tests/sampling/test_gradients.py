@@ -112,9 +112,15 @@ def test_uniform_scales_make_every_weight_the_geometric_mean(name: str, steps: i
     assert_close(weight, mean.expand_as(weight))
 
 
-def test_uniform_weights_keep_one_sign_where_the_solver_has_two() -> None:
-    coefficients = torch.tensor([-4.0, 1.0, -2.0])
-    assert_close(coefficients * uniform_weights(coefficients), torch.full((3,), -2.0))
+@pytest.mark.parametrize(
+    ("coefficients", "weight"),
+    [([-4.0, 1.0, -2.0], -2.0), ([4.0, -1.0, -7.0], -(28 ** (1 / 3))), ([-1.0, 9.0, -3.0], 3.0)],
+)
+def test_uniform_weights_have_the_sign_of_the_sum_where_the_solver_has_two(
+    coefficients: list[float], weight: float
+) -> None:
+    values = torch.tensor(coefficients)
+    assert_close(values * uniform_weights(values), torch.full((3,), weight))
 
 
 def test_uniform_weights_refuse_an_unused_step() -> None:

@@ -15,6 +15,7 @@ from fairness_dft.adapters.lora import TextEncoderLoRA, UNetLoRA
 from fairness_dft.adapters.prompt_prefix import PromptPrefix
 from fairness_dft.diffusion.stable_diffusion import StableDiffusion
 from fairness_dft.sampling.gradients import GradientPath
+from fairness_dft.sampling.replay import Call, replayed
 from fairness_dft.sampling.sampler import Sampler
 
 PROMPTS = ["a chef", "a nurse at work", "a photo of the face of a judge, a person"]
@@ -77,13 +78,21 @@ def test_they_have_it_with_schedulers_that_draw_noise_or_call_more_often(folder:
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 0.0, 0.5, 7.5])
 @pytest.mark.parametrize("prompts", ["a chef", PROMPTS])
-def test_with_and_without_guidance(folder: Path, guidance_scale: float, prompts: str | list[str]) -> None:
+def test_with_and_without_guidance(folder: Path, guidance_scale: float, prompts: str | list[str], monkeypatch) -> None:
+    """At the scales 1 and 0 one branch has no part in the prediction, and is not called on the way back."""
     adapter = TextEncoderLoRA(rank=2)
     model = finetuned(folder, adapter)
-    expected, found = (
-        gradient(model, adapter, prompts, guidance_scale=guidance_scale, checkpoint=again) for again in (False, True)
-    )
+    expected = gradient(model, adapter, prompts, guidance_scale=guidance_scale, checkpoint=False)
+    rows, denoise = [], model.denoise
+
+    def watched(latents, *rest):
+        rows.append(len(latents) * torch.is_grad_enabled())
+        return denoise(latents, *rest)
+
+    monkeypatch.setattr(model, "denoise", watched)
+    found = gradient(model, adapter, prompts, guidance_scale=guidance_scale)
     assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    assert sum(rows) == 3 * 3 * (1 if guidance_scale in (0, 1) else 2)  # steps and images
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7, 100])
@@ -164,6 +173,26 @@ def test_calls_are_made_again_in_the_same_precision(folder: Path, dtype: torch.d
     for plain, again in zip(*found, strict=True):
         assert again.dtype == torch.float32
         assert torch.nn.functional.cosine_similarity(plain.flatten(), again.flatten(), dim=0) > 0.999
+
+
+class Copied(torch.nn.Module):
+    """A network whose prediction is its conditioning."""
+
+    def denoiser_learns(self) -> bool:
+        return False
+
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        return conditioning.expand_as(latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_calls_are_summed_in_single_precision(dtype: torch.dtype) -> None:
+    """In either half precision 2048 + 1 is 2048."""
+    zero, conditioning = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype, requires_grad=True)
+    calls = [Call(zero, torch.tensor(0), weight) for weight in [2048.0] + 16 * [1.0]]
+    latents = replayed(zero, calls, Copied(), conditioning, conditioning, guidance_scale=1.0, rows=1)
+    [found] = torch.autograd.grad(latents.sum(), conditioning)
+    assert found.dtype == dtype and found.item() == 2064
 
 
 def test_nothing_learned_has_no_graph(folder: Path) -> None:

@@ -71,7 +71,7 @@ def test_ema_waits_for_the_optimizer_step(tmp_path):
     assert average.averaged_steps == 1
 
 
-@pytest.mark.parametrize(("share", "start"), [(0.0, 0), (0.4, 3)])
+@pytest.mark.parametrize(("share", "start"), [(0.0, 0), (0.4, 3), (0.45, 3)])
 def test_average_since_a_share_of_the_run_is_the_plain_mean_of_the_adapters_since(share, start):
     average, steps = AdapterAverage(0.9, share), np.random.default_rng(0).normal(size=8)
     value = 5.0

@@ -2,8 +2,10 @@
 
 import hashlib
 from dataclasses import replace
+from itertools import product
 from math import comb
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -377,7 +379,8 @@ def test_an_original_without_a_face_is_no_reference(realism_files, monkeypatch):
     assert verdict.has_face.all()
     classes = verdict.classes("gender")
     alignments = {"gender": Alignment(classes, torch.ones(2, dtype=torch.bool), 2)}  # both may stay as they are
-    module.face_realism.confidence = 0.0
+    sure = verdict.probabilities("gender").amax(1)
+    module.face_realism.confidence = float(sure.min())  # as sure as asked for is sure enough
     assert module.realism(images, verdict, Original(verdict, [], faces), alignments).item() == pytest.approx(
         0, abs=1e-5
     )
@@ -487,6 +490,27 @@ def test_validations_do_not_change_what_is_trained(tmp_path):
     assert drawn == [("original", "trained", "ema")] * 2  # one after each of two steps
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=0, atol=0)
+
+
+def test_every_seed_and_batch_draws_by_itself(module, monkeypatch):
+    drawn = set()
+    for module.seed, batch in product(range(4), range(4)):
+        progress = SimpleNamespace(fit_loop=SimpleNamespace(total_batch_idx=batch))
+        monkeypatch.setattr(type(module), "trainer", progress)
+        first, again = (tuple(torch.rand(2, generator=module.randomness()).tolist()) for _ in range(2))
+        assert first == again
+        drawn.add(first)
+    assert len(drawn) == 4**2
+
+
+def test_every_seed_prompt_and_recurring_noise_has_its_number_of_steps(module):
+    module.sampler, batch, drawn = Sampler(steps=1, steps_max=10**9), first_batch(noise_pool=1), set()
+    for module.seed, index, noise_set in product(range(3), range(3), range(3)):
+        recurring = replace(batch, index=index, noise_set=noise_set)
+        first, again = (module.draw_steps(recurring, torch.Generator().manual_seed(state)) for state in range(2))
+        assert first == again
+        drawn.add(first)
+    assert len(drawn) == 3**3
 
 
 def test_evaluation_builds_no_graph(module):
