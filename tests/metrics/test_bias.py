@@ -177,6 +177,13 @@ def test_summary_by_hand() -> None:
     assert summary.per_prompt == pytest.approx((0.5, 0.0, math.nan, math.nan), nan_ok=True)
 
 
+def test_summary_is_not_rounded() -> None:
+    """In half precision a third would be wrong in its fourth digit, and 70,000 infinite."""
+    summary = summarize_bias(torch.tensor([[2, 1], [70_000, 35_000]]), torch.tensor([0, 0]), ("a", "b"))
+    assert summary.per_prompt == pytest.approx((1 / 3, 1 / 3)) and summary.bias == pytest.approx(1 / 3)
+    assert summary.frequencies == pytest.approx((2 / 3, 1 / 3))
+
+
 def test_summary_survives_json() -> None:
     summary = summarize_bias(torch.tensor([[1, 3], [0, 0]]), torch.tensor([0, 2]), ("a", "b"))
     values = json.loads(json.dumps(summary.as_dict(), allow_nan=False))
