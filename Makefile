@@ -27,7 +27,7 @@ lint: $(STAMP) ## check style, formatting, rooms, types and spelling, change not
 	$(BIN)/mypy fairness_dft
 	$(BIN)/codespell
 
-docs: $(STAMP) ## build the documentation into site/, offline, and run its examples (a minute)
+docs: $(STAMP) ## build the documentation into site/, offline, and run its examples (two minutes)
 	$(BIN)/python -m pytest -q --doctest-modules fairness_dft tests/test_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "Documentation: site/index.html"
