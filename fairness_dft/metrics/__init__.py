@@ -1,4 +1,4 @@
-"""What is measured: bias with its floor and interval, significance, fidelity (paper, section 5)."""
+"""Measures of fairness and fidelity: bias with its floor and interval, significance, distances (paper, section 5)."""
 
 from fairness_dft.metrics.fidelity import Inception
 

@@ -3,8 +3,8 @@
     bias(P) = 2 / (K (K−1)) Σ_{i<j} |f_i − f_j|,  reported as its mean (± standard deviation) over prompts P
 
 f_i are the ``frequencies`` of the K classes among the n images of prompt P that show a face. Even a perfectly
-fair model does not score 0: with n images it scores the ``finite_sample_floor``, and a bias is read against
-it. How much of the images was kept is a plain mean of cosine similarities: ``torchmetrics.MeanMetric``.
+fair model does not score 0: with n images it scores the ``finite_sample_floor`` on average. Compare a bias with its
+floor.
 
 References:
     Finetuning Text-to-Image Diffusion Models for Fairness (Shen et al., 2024), section 5,
@@ -20,23 +20,28 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.stats import binom, norm, t
 from torch import Tensor
 
 
 def class_bias(frequencies: Tensor) -> Tensor:
-    """Mean absolute difference between the frequencies of two classes, over all pairs of classes.
+    """Return the mean absolute difference between the frequencies of two classes, over all pairs of classes.
 
     In ascending order, the k-th of K frequencies is the larger of k−1 pairs and the smaller of K−k.
 
     Args:
-        frequencies: the class frequencies f, with shape (..., K), K ≥ 2, in [0, 1].
+        frequencies: Class frequencies f, with shape (..., K), K ≥ 2, in [0, 1].
 
     Returns:
         The bias, with shape (...), from 0 (all classes alike) to 2 / K (one class alone).
 
     Raises:
-        ValueError: if there are fewer than two classes.
+        ValueError: If there are fewer than two classes.
+
+    Example:
+        >>> class_bias(torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]]))
+        tensor([0.0000, 0.5000, 1.0000])
     """
     classes = frequencies.shape[-1]
     check_classes(classes)
@@ -46,20 +51,24 @@ def class_bias(frequencies: Tensor) -> Tensor:
 
 
 def finite_sample_floor(images: Tensor | int, classes: int) -> Tensor:
-    """Expected bias of n images whose classes are drawn from the uniform distribution.
+    """Return the expected bias of n images whose classes are drawn from the uniform distribution.
 
-    All pairs are alike. Of the n images m ~ Binomial(n, 2 / K) fall in a given pair, and its two counts
+    All pairs of classes are alike. Of the n images m ~ Binomial(n, 2 / K) fall in a given pair, and its two counts
     differ like a random walk of m steps: E|S_m| = 2h C(m, h) / 2^m, h = ⌈m / 2⌉. The floor is E|S_m| / n.
 
     Args:
-        images: the number of images n, of any shape, non-negative.
-        classes: the number of classes K, at least 2.
+        images: Number of images n, of any shape, non-negative.
+        classes: Number of classes K, at least 2.
 
     Returns:
         The floor in float64, with the shape of ``images``; NaN where n = 0.
 
     Raises:
-        ValueError: if there are fewer than two classes or a negative number of images.
+        ValueError: If there are fewer than two classes or a negative number of images.
+
+    Example:
+        >>> finite_sample_floor(torch.tensor([1, 2, 48]), classes=2)
+        tensor([1.0000, 0.5000, 0.1146], dtype=torch.float64)
     """
     check_classes(classes)
     numbers = torch.as_tensor(images)
@@ -81,38 +90,41 @@ def _floor(images: int, classes: int) -> float:
 def bootstrap_interval(
     counts: Tensor, level: float = 0.95, draws: int = 1000, seed: int = 0, target: Tensor | None = None
 ) -> tuple[float, float]:
-    """Bootstrap interval of the mean bias over prompts and images, or of the mean distance from a target.
+    """Return the bootstrap interval of the mean bias over prompts and images, or of the mean distance from a target.
 
-    A confidence interval for the *expected* mean bias of audits like this one: other prompts of the same
-    kind, other noise, as many prompts and images. That expectation includes the finite-sample floor, so the
-    interval of a fair model lies around its floor, not around 0, and intervals compare only at equal numbers
-    of images.
+    It is a confidence interval for the *expected* mean bias of audits like this one: with similar prompts, other
+    noise, and as many prompts and images. That expectation includes the finite-sample floor, so the interval of a fair
+    model lies around its floor, not around 0. Compare intervals only at equal numbers of images.
 
-    Plainly resampling images within resampled prompts errs twice. |f_i − f_j| is convex, so a resample is
-    more biased than what it came from: here only its deviation from the mean of the resamples is used. And
-    the biases of the P prompts already differ by image noise, which would count double: here the deviations
-    are weighted by 1 / √P, so that the variance of a prompt is (P−1)/P (τ² + v) + v/P = (P−1)/P τ² + v, with
-    τ² between prompts and v from images. One prompt gives the bootstrap over its images alone, many prompts
-    give the bootstrap over prompts. The tails are widened as the t distribution with P − 1 degrees of freedom
-    asks (the expanded percentile interval).
+    Resampling images within resampled prompts has two errors. |f_i − f_j| is convex, so a resample is more biased than
+    its source: only its deviation from the mean of the resamples is used here. And the biases of the P prompts already
+    differ by image noise, which would count twice: the deviations are weighted by 1 / √P here, so that the variance
+    of a prompt is (P−1)/P (τ² + v) + v/P = (P−1)/P τ² + v, with τ² between prompts and v from images. One prompt gives
+    the bootstrap over its images alone, many prompts give the bootstrap over prompts. The tails are widened according
+    to the t distribution with P − 1 degrees of freedom (the expanded percentile interval).
 
-    In simulations the 95 % interval held its coverage from 10 prompts on, fair models included. It is too narrow
-    where prompts are few and of very different kinds: 75 % of the time it held with 10 prompts of which one in ten
-    shows one class alone. Where all images of all prompts are of one class, it is a point.
+    In simulations the 95 % interval keeps its coverage from 10 prompts on, also for fair models. It is too narrow for
+    few prompts that differ strongly: its coverage is 75 % for 10 prompts of which one in ten shows one class alone.
+    If all images of all prompts show one class, it is a point.
 
     Args:
-        counts: the number of images per prompt and class, with shape (P, K). Prompts without any are
-            left out.
-        level: the coverage, in (0, 1).
-        draws: the number of bootstrap draws.
-        seed: the seed of the draws.
-        target: with shape (P, K), for the total variation of each prompt from its target instead of the bias.
+        counts: Number of images of each prompt and class, with shape (P, K). Prompts without images are ignored.
+        level: Coverage, in (0, 1).
+        draws: Number of bootstrap draws.
+        seed: Seed of the draws.
+        target: Target shares with shape (P, K), for the total variation of each prompt from its target instead of the
+            bias.
 
     Returns:
-        The lower and the upper end, in [0, 2 / K], or [0, 1] of a distance; both NaN without any image.
+        The lower and the upper end, in [0, 2 / K], or in [0, 1] for a distance; both NaN without any image.
 
     Raises:
-        ValueError: if an argument is not as described.
+        ValueError: If an argument is not as described.
+
+    Example:
+        >>> low, high = bootstrap_interval(torch.tensor([[9, 3], [4, 8], [10, 2]]))
+        >>> 0 <= low < 0.5 < high <= 1
+        True
     """
     if counts.ndim != 2 or (counts < 0).any():
         raise ValueError(f"`counts` must be non-negative with shape (prompts, classes), but got {counts.tolist()}")
@@ -135,8 +147,8 @@ def bootstrap_interval(
 
 def _bootstrap_means(
     counts: Tensor, draws: int, generator: np.random.Generator, target: Tensor | None = None
-) -> np.ndarray:
-    """Draws of the mean bias or distance, with shape (draws,); see ``bootstrap_interval``."""
+) -> NDArray[np.float64]:
+    """Return draws of the mean bias or distance, with shape (draws,); see ``bootstrap_interval``."""
 
     def score(shares: Tensor) -> Tensor:
         return class_bias(shares) if target is None else (shares - target).abs().sum(dim=-1) / 2
@@ -152,17 +164,21 @@ def _bootstrap_means(
 
 
 def frequency_drift(before: Tensor, after: Tensor) -> float:
-    """Total variation distance between two class distributions, ½ Σ_k |f_k − g_k|.
+    """Return the total variation distance between two class distributions, ½ Σ_k |f_k − g_k|.
 
     Args:
-        before: the class frequencies f before finetuning, with shape (K,), summing to one.
-        after: the class frequencies g after it, with shape (K,), summing to one.
+        before: Class frequencies f of the base model, with shape (K,), summing to one.
+        after: Class frequencies g of the finetuned model, with shape (K,), summing to one.
 
     Returns:
         The share of images that would have to change class, in [0, 1].
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> frequency_drift(torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5]))
+        0.25
     """
     if before.shape != after.shape or before.ndim != 1:
         raise ValueError(
@@ -172,30 +188,30 @@ def frequency_drift(before: Tensor, after: Tensor) -> float:
     return float((before - after).abs().sum() / 2)
 
 
-Watched = tuple[str, str, str]  # what a summary is of: judge, attribute, model
+Watched = tuple[str, str, str]  # classifier, attribute, model
 
 
 @dataclass
 class BiasSummary:
-    """The fairness of a model on a list of prompts; NaN where no image shows a face.
+    """Class counts of one model on a list of prompts, and its bias; NaN where no image shows a face.
 
-    Not frozen because torchmetrics refuses to return frozen dataclasses; treat it as if it were.
+    It is not frozen, because torchmetrics refuses to return frozen dataclasses; treat it as if it were.
 
-    Args:
-        classes: the names of the K classes.
-        frequencies: the frequency of each class among all images with a face, pooled over prompts.
-        bias: the mean over prompts of the bias, in [0, 2 / K].
-        spread: the standard deviation of the bias over prompts (the paper's ±).
-        floor: the mean over prompts of the finite-sample floor.
-        low: the lower end of the 95 % bootstrap interval of ``bias``.
-        high: its upper end.
-        images: the number of images seen.
-        no_face_images: how many of these show no face and thus count nowhere else.
-        prompts: the number of prompts averaged, those with at least one face.
-        prompts_no_face: the number of prompts left out because none of their images shows a face.
-        per_prompt: the bias of each prompt, NaN where it was not seen or shows no face.
-        counts: for each prompt the number of images of each class.
-        no_face: for each prompt the number of images without a face.
+    Attributes:
+        classes: Names of the K classes.
+        frequencies: Frequency of each class among all images with a face, pooled over prompts.
+        bias: Mean over prompts of the bias, in [0, 2 / K].
+        spread: Standard deviation of the bias over prompts (the paper's ±).
+        floor: Mean over prompts of the finite-sample floor.
+        low: Lower end of the 95 % bootstrap interval of ``bias``.
+        high: Upper end of that interval.
+        images: Number of images.
+        no_face_images: How many of them show no face; these count in no other figure.
+        prompts: Number of prompts with at least one face, which are averaged.
+        prompts_no_face: Number of prompts none of whose images shows a face.
+        per_prompt: Bias of each prompt; NaN without a face.
+        counts: Number of images of each class, for each prompt.
+        no_face: Number of images that show no face, for each prompt.
     """
 
     classes: tuple[str, ...]
@@ -214,25 +230,27 @@ class BiasSummary:
     no_face: tuple[int, ...]
 
     def of(self, prompts: Sequence[int]) -> "BiasSummary":
-        """The summary of some of the prompts, by their index."""
+        """Return the summary of some of the prompts, by their index."""
         rows = torch.tensor(list(prompts), dtype=torch.int64)
         return summarize_bias(torch.tensor(self.counts)[rows], torch.tensor(self.no_face)[rows], self.classes)
 
     def as_dict(self) -> dict[str, object]:
-        """The fields as what JSON knows: lists for tuples, None for NaN."""
+        """Return the fields as JSON represents them: lists for tuples, None for NaN."""
         return {name: _json_value(value) for name, value in asdict(self).items()}
 
 
 def summarize_bias(counts: Tensor, no_face: Tensor, classes: Sequence[str]) -> BiasSummary:
-    """Sums up the class counts of an audit.
+    """Return the bias of class counts, with its floor and its interval.
 
     Args:
-        counts: the number of images with a face per prompt and class, with shape (P, K), integer.
-        no_face: the number of images without a face per prompt, with shape (P,), integer.
-        classes: the names of the K classes.
+        counts: Number of images with a face of each prompt and class, with shape (P, K), integer.
+        no_face: Number of images that show no face, for each prompt, with shape (P,), integer.
+        classes: Names of the K classes.
 
-    Returns:
-        The summary.
+    Example:
+        >>> summary = summarize_bias(torch.tensor([[6, 2], [4, 4]]), torch.tensor([0, 1]), ("man", "woman"))
+        >>> summary.bias, summary.images, summary.no_face_images
+        (0.25, 17, 1)
     """
     counts, no_face = counts.cpu(), no_face.cpu()
     images = counts.sum(dim=1)
@@ -261,7 +279,7 @@ def check_classes(classes: int) -> None:
     """Refuse fewer than two classes, between which there is no bias.
 
     Raises:
-        ValueError: if there are fewer.
+        ValueError: If there are fewer.
     """
     if classes < 2:
         raise ValueError(f"`classes` must be at least 2 for a bias between them, but got {classes}")

@@ -1,4 +1,4 @@
-"""torchmetrics that count classes per prompt, and pairs of classes before and after."""
+"""Torchmetrics that count classes of each prompt, and pairs of classes before and after finetuning."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,24 @@ from fairness_dft.metrics.bias import BiasSummary, check_classes, summarize_bias
 
 
 class FairnessMetric(Metric):
-    """Class frequencies and bias of one attribute, accumulated over prompts, batches and ranks.
+    """Counts the classes of one attribute over prompts, batches and ranks, and returns their bias.
 
     The states are sums, so that the value does not depend on how images are spread over batches and ranks.
 
     Args:
-        classes: the names of the K classes, at least 2.
-        prompts: the number of prompts that the metric will see.
+        classes: Names of the K classes, at least 2.
+        prompts: Number of prompts.
 
     Raises:
-        ValueError: if there are fewer than two classes or no prompt.
+        ValueError: If there are fewer than two classes or no prompt.
+
+    Example:
+        >>> metric = FairnessMetric(("man", "woman"), prompts=1)
+        >>> face = torch.tensor([True, True, True, True, False])
+        >>> metric.update(0, classes=torch.tensor([0, 0, 0, 1, 0]), face=face)
+        >>> summary = metric.compute()
+        >>> summary.bias, summary.counts, summary.no_face
+        (0.5, ((3, 1),), (1,))
     """
 
     is_differentiable = False
@@ -40,15 +48,15 @@ class FairnessMetric(Metric):
         self.add_state("no_face", torch.zeros(prompts, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prompt_index: int, classes: Tensor, face: Tensor) -> None:
-        """Counts images of one prompt.
+        """Count images of one prompt.
 
         Args:
-            prompt_index: which prompt the images were made from, in [0, prompts).
-            classes: the class of each image, with shape (n,), integer in [0, K) where there is a face.
-            face: whether an image shows a face, with shape (n,), bool.
+            prompt_index: Index of the prompt, in [0, prompts).
+            classes: Class of each image, with shape (n,), integer in [0, K) where there is a face.
+            face: Whether an image shows a face, with shape (n,), bool.
 
         Raises:
-            ValueError: if an argument is not as described.
+            ValueError: If an argument is not as described.
         """
         if not 0 <= prompt_index < self.prompts:
             raise ValueError(f"`prompt_index` must be in [0, {self.prompts}), but got {prompt_index}")
@@ -67,16 +75,22 @@ class FairnessMetric(Metric):
         self.no_face[prompt_index] += (~face).sum()
 
     def compute(self) -> BiasSummary:
-        """Sums up what was seen; see ``BiasSummary``."""
+        """Return the bias of everything counted; see ``BiasSummary``."""
         return summarize_bias(self.counts, self.no_face, self.classes)
 
 
 class PairMetric(Metric):
-    """How images of the same noise are read before and after, accumulated over prompts, batches and ranks.
+    """Counts images of the same noise by their class before and after, over prompts, batches and ranks.
 
     Args:
-        classes: the number of classes K.
-        prompts: the number of prompts that the metric will see.
+        classes: Number of classes K.
+        prompts: Number of prompts.
+
+    Example:
+        >>> metric, face = PairMetric(classes=2, prompts=1), torch.tensor([True, True])
+        >>> metric.update(0, torch.tensor([0, 0]), face, torch.tensor([0, 1]), face)
+        >>> metric.compute()[0, :2, :2].tolist()  # one image keeps its class, one changes
+        [[1, 1], [0, 0]]
     """
 
     is_differentiable = False
@@ -90,12 +104,16 @@ class PairMetric(Metric):
         self.add_state("pairs", torch.zeros(prompts, classes + 1, classes + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prompt_index: int, before: Tensor, before_face: Tensor, after: Tensor, after_face: Tensor) -> None:
-        """Counts images of one prompt; see ``FairnessMetric.update`` for each side."""
-        none = self.states - 1
-        rows, columns = (torch.where(face, of, none) for of, face in ((before, before_face), (after, after_face)))
+        """Count images of one prompt; see ``FairnessMetric.update`` for each side."""
+        no_face = self.states - 1
+        sides = ((before, before_face), (after, after_face))
+        rows, columns = (torch.where(face, classes, no_face) for classes, face in sides)
         counts = torch.bincount(rows.long() * self.states + columns.long(), minlength=self.states**2)
         self.pairs[prompt_index] += counts.reshape(self.states, self.states)
 
     def compute(self) -> Tensor:
-        """Numbers of images by prompt, class before and class after, with shape (P, K + 1, K + 1); the last is none."""
+        """Return the number of images by prompt, class before and class after, with shape (P, K + 1, K + 1).
+
+        The last row and column are images that show no face.
+        """
         return self.pairs

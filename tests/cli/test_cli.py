@@ -64,7 +64,7 @@ def test_runs_without_a_logger_go_to_folders_of_their_own(tmp_path, monkeypatch,
     assert not list(working.iterdir())
     for version in range(2):
         names = {path.name for path in (tmp_path / "quiet" / f"version_{version}").iterdir()}
-        assert names == {"adapters", "before_after.png", "checkpoints", "config.yaml", "results.json"}
+        assert names == {"adapters", "before_after.png", "checkpoints", "config.yaml", "per_image.csv", "results.json"}
     assert "tensorboard" not in capsys.readouterr().out
 
 

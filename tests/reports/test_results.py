@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -14,8 +15,10 @@ from printing import printed
 
 from fairness_dft import __version__
 from fairness_dft.metrics.bias import class_bias, summarize_bias
+from fairness_dft.metrics.image_readings import Readings
 from fairness_dft.prompts.files import Prompt
 from fairness_dft.reports.build import Measured, build_results
+from fairness_dft.reports.csv_tables import IMAGE_COLUMNS, PROMPT_COLUMNS, image_table
 from fairness_dft.reports.results import (
     VERSION,
     Adherence,
@@ -293,6 +296,20 @@ def test_the_documentation_names_the_keys_of_the_file(documented: type) -> None:
     rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| `")]
     expected = [f"`{field.name}`" for field in fields(documented)]
     assert rows == (["`version`", "`note`"] if documented is Results else []) + expected
+
+
+def test_the_documentation_names_the_columns_of_the_tables() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    for name, columns in (("per_prompt.csv", PROMPT_COLUMNS), ("per_image.csv", IMAGE_COLUMNS)):
+        section = text.split(f"`{name}`\n", 1)[1].split("\n## ", 1)[0]
+        cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+        documented = re.findall(r"`([^`]+)`", " ".join(cells))
+        assert tuple(column for column in documented if "CLASSIFIER" not in column) == columns
+    parts = [column.removeprefix("CLASSIFIER.") for column in documented if "CLASSIFIER" in column]
+    attribute = [part.replace("ATTRIBUTE", "gender") for part in parts]
+    readings = {("first", "original"): Readings(*torch.zeros(3, 0), torch.zeros(0, 4), {"gender": torch.zeros(0, 2)})}
+    table = image_table([], readings, {"first": {"gender": ("man", "woman")}})
+    assert [column.removeprefix("first.") for column in table.columns[len(IMAGE_COLUMNS) :]] == attribute
 
 
 def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
