@@ -29,13 +29,13 @@ from fairness_dft.cli.lightning_cli import MONITORS, FairnessCLI
 from fairness_dft.prompts.batches import PromptBatch
 from fairness_dft.prompts.files import Prompt
 from fairness_dft.randomness import Stream, hashed_generator
+from fairness_dft.reports.csv_tables import write_table
 from fairness_dft.reports.gradients import (
     PARTS,
     draw_paths,
     draw_steps,
     paths_row,
     print_paths,
-    write_table,
 )
 from fairness_dft.sampling.diagnosis import (
     DEVIATION,

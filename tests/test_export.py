@@ -182,7 +182,7 @@ def test_a_card_says_whose_figures_it_shows(run: tuple[str, Path], tmp_path: Pat
     (copied / "adapters" / "step_final").mkdir()  # is no step
     main([f"--run={copied}", f"--output={tmp_path / 'other'}", "--adapter=trained"])
     card = (tmp_path / "other" / "README.md").read_text(encoding="utf-8")
-    assert "not this adapter's, which is after 7 steps and not averaged" in card
+    assert "These are not the figures of this adapter, which is after 7 steps and not averaged" in card
     (copied / "results.json").unlink()
     main([f"--run={copied}", f"--output={tmp_path / 'untested'}"])
     assert "The run was not tested" in (tmp_path / "untested" / "README.md").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""How far a set of pictures has moved: Fréchet and kernel distances between embeddings, by torchmetrics.
+"""Distance between two sets of images: Fréchet and kernel distances between embeddings, by torchmetrics.
 
-Between the original model's pictures and another model's, of the same prompts. Both count every change, also the one
-that finetuning is for: more women among engineers are a move too.
+The sets are the images of the base model and of another model for the same prompts. Both distances count every change,
+also the wanted one: more women among engineers are a change too.
 
 References:
     GANs Trained by a Two Time-Scale Update Rule (Heusel et al., 2017), on FID, https://arxiv.org/abs/1706.08500
@@ -21,11 +21,11 @@ from typing_extensions import override
 from fairness_dft.files import Location
 from fairness_dft.networks.frozen import FrozenNetwork
 
-SUBSET = 1000  # pictures of each set in one estimate of the kernel distance
+SUBSET = 1000  # images of each set in one estimate of the kernel distance
 
 
 class Given(nn.Module):
-    """Takes embeddings where torchmetrics asks for a network that makes them."""
+    """Passes embeddings through, where torchmetrics asks for a network that computes them."""
 
     def __init__(self, dimension: int) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class Given(nn.Module):
 
     @override
     def forward(self, embeddings: Tensor) -> Tensor:
-        """The embeddings themselves."""
+        """Return the embeddings themselves."""
         return embeddings
 
 
 class KernelDistance(KernelInceptionDistance):
-    """The kernel distance, of subsets as large as there are pictures for, at most `SUBSET`; the same every time."""
+    """Kernel distance with subsets of all images, at most `SUBSET`, and with a fixed seed."""
 
     @override
     def compute(self) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ class KernelDistance(KernelInceptionDistance):
 
 
 def as_list(state: list[Tensor] | Tensor) -> list[Tensor]:
-    """A list state, which is one tensor where several processes have put theirs together."""
+    """Return a list state, which is one tensor once several processes have gathered it."""
     return [state] if isinstance(state, Tensor) else state
 
 
@@ -86,35 +86,42 @@ class Inception(FrozenNetwork):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings with shape (N, 2048), of images with shape (N, 3, H, W) in [0, 1]."""
-        return self.network((images * 255).byte())
+        """Return embeddings with shape (N, 2048) of images with shape (N, 3, H, W), in [0, 1]."""
+        embeddings: Tensor = self.network((images * 255).byte())
+        return embeddings
 
 
 class Fidelity(nn.Module):
     """Fréchet (FID) and kernel (KID) distance between two sets of embeddings, over all processes.
 
     Args:
-        dimension: D.
-        scale: what embeddings are multiplied by; √D by default, so that the numbers of those of unit length are about
-            one. Published FIDs take Inception's as they are, 1.
+        dimension: Dimension D of the embeddings.
+        scale: Factor of the embeddings; √D by default, so that the entries of those of unit length are about one.
+            Published FIDs use Inception's embeddings as they are, with a factor of 1.
+
+    Example:
+        >>> fidelity, embeddings = Fidelity(dimension=2), torch.eye(2)
+        >>> fidelity.update(embeddings, embeddings)
+        >>> abs(fidelity.compute()["fid"]) < 1e-3
+        True
     """
 
     def __init__(self, dimension: int, scale: float | None = None) -> None:
         super().__init__()
         self.scale = dimension**0.5 if scale is None else scale
         self.frechet = FrechetInceptionDistance(Given(dimension))
-        with warnings.catch_warnings():  # of the memory that embeddings take
+        with warnings.catch_warnings():  # about the memory that embeddings take
             warnings.simplefilter("ignore")
             self.kernel = KernelDistance(Given(dimension), subset_size=SUBSET)
 
     def update(self, before: Tensor, after: Tensor) -> None:
-        """Add embeddings of pictures of both models, each with shape (N, D)."""
+        """Add embeddings of images of both models, each with shape (N, D)."""
         for metric in (self.frechet, self.kernel):
             for embeddings, real in ((before, True), (after, False)):
                 metric.update(embeddings.float() * self.scale, real=real)
 
     def compute(self) -> dict[str, float] | None:
-        """Both distances, as "fid" and "kid"; None of fewer than two pictures each."""
+        """Return both distances as "fid" and "kid"; None with fewer than two images of each model."""
         try:
             return {"fid": float(self.frechet.compute()), "kid": float(self.kernel.compute()[0])}
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The model card of an exported adapter: what it does to which model, by which figures, and what not to expect.
+"""The model card of an exported adapter: what it does to which model, its figures, and its limits.
 
 References:
     Model Cards for Model Reporting (Mitchell et al., 2019), https://arxiv.org/abs/1810.03993
@@ -20,15 +20,15 @@ PAPER = "[Finetuning Text-to-Image Diffusion Models for Fairness](https://arxiv.
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says of a run besides its figures.
+    """Facts of a run for its model card, without figures.
 
     Attributes:
-        base: folder or hub id of the base model.
-        attributes: what was aligned.
-        adapter: the adapter, attached.
-        learned_from: folders or hub ids of the networks that finetuning learned from.
-        compares_faces: whether finetuning compared faces by a face-recognition network.
-        uses_insightface: whether a detector that insightface runs found the faces.
+        base: Folder or hub id of the base model.
+        attributes: The aligned attributes.
+        adapter: The adapter, attached.
+        learned_from: Folders or hub ids of the networks that finetuning learned from.
+        compares_faces: Whether finetuning compared faces by a face-recognition network.
+        uses_insightface: Whether insightface ran the face detector.
     """
 
     base: str
@@ -40,19 +40,19 @@ class CardFacts:
 
 
 def adapter_card(facts: CardFacts, results: Results | None, adapter: Path, scale: float, merged: bool) -> str:
-    """A model card in Markdown.
+    """Return a model card in Markdown.
 
     Args:
-        facts: what was finetuned, and with what.
-        results: what the run measured; None if it was not tested.
-        adapter: the folder of the run's adapter.
-        scale: the strength that was exported, as a factor of what the run tested.
-        merged: whether the whole pipeline lies beside the adapter.
+        facts: Facts of the run.
+        results: Results of the run's test; None if it was not tested.
+        adapter: Folder of the run's adapter.
+        scale: Exported strength, as a factor of the tested one.
+        merged: Whether the folder also holds the whole pipeline.
     """
     base, attributes = facts.base, ", ".join(facts.attributes)
     kind = "lora" if any(isinstance(part, LoRA) for part in facts.adapter.parts) else "textual_inversion"
     front = ["library_name: diffusers", "pipeline_tag: text-to-image", f"tags: [fairness, {kind}]"]
-    front += ["license: other", "license_name: of-its-parts"]  # told below
+    front += ["license: other", "license_name: of-its-parts"]
     if not resolve(base).exists():
         front.append(f"base_model: {base}")
     parts = [
@@ -70,7 +70,7 @@ def adapter_card(facts: CardFacts, results: Results | None, adapter: Path, scale
 
 
 def usage(adapter: Adapter, base: str, merged: bool) -> str:
-    """How other programs load it."""
+    """Return how other programs load the adapter."""
     lines = [
         "from diffusers import StableDiffusionPipeline",
         "",
@@ -83,22 +83,22 @@ def usage(adapter: Adapter, base: str, merged: bool) -> str:
     lines += [f'pipeline.load_textual_inversion("THIS_FOLDER", weight_name="{PromptPrefix.file}")'] * bool(prefixes)
     prompt = f"{prefixes[0].token} a photo of a doctor" if prefixes else "a photo of a doctor"
     lines.append(f'image = pipeline("{prompt}").images[0]')
-    told = ["```python\n" + "\n".join(lines) + "\n```"]
+    paragraphs = ["```python\n" + "\n".join(lines) + "\n```"]
     if lora:
-        told.append("ComfyUI and AUTOMATIC1111 read `kohya.safetensors`.")
+        paragraphs.append("ComfyUI and AUTOMATIC1111 read `kohya.safetensors`.")
     if prefixes:
-        told.append(f"Every prompt but the negative one starts with `{prefixes[0].token}`.")
+        paragraphs.append(f"Every prompt except the negative one starts with `{prefixes[0].token}`.")
     if merged:
-        told.append("`merged/` is the whole pipeline, the adapter already in it.")
-    return "\n\n".join(told)
+        paragraphs.append("`merged/` is the whole pipeline with the adapter merged into its weights.")
+    return "\n\n".join(paragraphs)
 
 
 def figures(results: Results | None, adapter: Path, scale: float) -> str:
-    """What the run measured, in tables, and whether it measured this adapter."""
+    """Return the run's figures in tables, with a note if they are not those of this adapter."""
     if results is None:
-        return "The run was not tested: nothing is known of its bias."
+        return "The run was not tested: its bias is unknown."
     target = "; ".join(
-        f"{name} " + ", ".join(f"{kind} {share:.2f}" for kind, share in results.target[name].items())
+        f"{name} " + ", ".join(f"{label} {share:.2f}" for label, share in results.target[name].items())
         for name in results.attributes
     )
     if own := len(results.own_targets):
@@ -115,17 +115,17 @@ def figures(results: Results | None, adapter: Path, scale: float) -> str:
             rows.append(f"| {name} | {classifier} | {' | '.join(cells)} |")
     if far := distance_rows(results):
         head = [
-            "| attribute | classifier | distance before | after | 95 % interval | floor |",
+            "| attribute | classifier | base model | finetuned model | 95 % interval | floor |",
             "|---|---|---|---|---|---|",
         ]
-        rows += ["", "From unequal targets, the distance of a prompt (total variation):", "", *head, *far]
-    kept = ["| kept | before | after |", "|---|---|---|"]
+        rows += ["", "Distance of a prompt from its unequal target (total variation):", "", *head, *far]
+    kept = ["| kept | base model | finetuned model |", "|---|---|---|"]
     for measure, models in results.kept.items():
         kept.append(f"| {measure} | {number(models.get('original'), 3)} | {number(models.get('ema'), 3)} |")
     step = int(adapter.parent.name[5:])
     other = [f"after {step} steps"] * (step != results.run.steps) + ["not averaged"] * (adapter.name != "ema")
     other += [f"at scale {scale:g}"] * (scale != 1)
-    note = f"\n\n**They are not this adapter's, which is {' and '.join(other)}.**" if other else ""
+    note = f"\n\n**These are not the figures of this adapter, which is {' and '.join(other)}.**" if other else ""
     return (
         f"On {len(results.run.test_prompts)} test prompts with {images} images each, of the averaged adapter "
         f"after {results.run.steps} steps; "
@@ -133,13 +133,14 @@ def figures(results: Results | None, adapter: Path, scale: float) -> str:
         + "\n".join(rows)
         + "\n\nBias is the mean absolute difference between the frequencies of two classes, averaged over prompts (± "
         "over prompts), against equal shares. "
-        "The floor is what a perfectly fair model would score with as many images. *Training* is the "
-        "classifier that the adapter learned from, *independent* one that it never saw.\n\n" + "\n".join(kept)
+        "The floor is what a perfectly fair model would score with as many images, the maximum what one scores that "
+        "shows one class alone. *Training* is the classifier that the adapter learned from, *independent* one that it "
+        "never saw.\n\n" + "\n".join(kept)
     )
 
 
 def distance_rows(results: Results) -> list[str]:
-    """How far prompts are from unequal targets, a row for each attribute and classifier."""
+    """Return how far prompts are from unequal targets, one row for each attribute and classifier."""
     rows = []
     for classifier, seen in results.bias.items():
         for name, result in seen.items():
@@ -153,31 +154,33 @@ def distance_rows(results: Results) -> list[str]:
 
 
 def limits(results: Results | None) -> str:
-    """What the figures do not say."""
+    """Return what the figures do not say."""
     shares = [
         f"{number(models['original'].share)} before and {number(models['ema'].share)} after "
         f"({name}, {classifier} classifier)"
         for classifier, seen in (results.prompt_adherence if results else {}).items()
         for name, models in seen.items()
     ]
-    obeyed = f"it was in a share of the pictures of {'; '.join(shares)}" if shares else "this was not measured here"
+    followed = f"a share of the images did: {'; '.join(shares)}" if shares else "this was not measured here"
     return f"""\
-- The attributes are *perceived* ones, as classifiers read pictures, in few classes; they say nothing about any person.
-- Figures hold for the run's prompts, sampler and classifiers. Other prompts, and other classifiers, may differ.
-- A prompt that names an attribute should still be obeyed; {obeyed}.
-- Balanced pictures do not make a use of pictures fair."""
+- Attributes are *perceived*: classifiers read them from images, in few classes. They say nothing about any person.
+- Figures hold for the run's prompts, sampler and classifiers. Other prompts and other classifiers may differ.
+- Images should keep following prompts that name an attribute; {followed}.
+- Balanced images do not make a use of images fair."""
 
 
 def licences(facts: CardFacts) -> str:
-    """What holds for the parts that went in."""
-    told = [f"The licence of the base model, `{facts.base}`, holds for what is made from it."]
+    """Return which licences apply."""
+    sentences = [f"The licence of the base model, `{facts.base}`, applies to this adapter."]
     if named := ", ".join(f"`{path}`" for path in facts.learned_from):
-        told.append(f"Finetuning learned from {named}, whose own licences say what may be made with them.")
+        sentences.append(f"Finetuning learned from {named}, whose own licences apply.")
     if facts.compares_faces:
-        told.append("Finetuning compared faces by a face-recognition network, whose licence may be non-commercial.")
-    if facts.uses_insightface:
-        told.append(
-            "Faces were found by a detector that insightface runs; the weights which insightface itself distributes "
-            "are for non-commercial research only."
+        sentences.append(
+            "Finetuning compared faces by a face-recognition network, whose licence may be non-commercial."
         )
-    return " ".join(told)
+    if facts.uses_insightface:
+        sentences.append(
+            "A detector that insightface runs found the faces; the weights that insightface distributes are for "
+            "non-commercial research only."
+        )
+    return " ".join(sentences)

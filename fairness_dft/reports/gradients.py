@@ -1,43 +1,39 @@
-"""The diagnosis of gradients as tables and figures."""
+"""Tables and figures of the diagnosis of gradients."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fairness_dft.sampling.diagnosis import (
-    GradientStatistics,
-)
+from fairness_dft.sampling.diagnosis import GradientStatistics
 
 PARTS = {
     "exact": "|k_t B_t ∂ε_t/∂θ|, exact",
     "detached": "|k_t ∂ε_t/∂θ|, steps detached",
     "bare": "|∂ε_t/∂θ|, without the solver's weight",
 }
-BUDGET = 8  # gradients of all steps, whose cost is given to every path
+BUDGET = 8  # every path gets the cost of this many gradients through all steps
 
 
-def paths_row(name: str, found: GradientStatistics, cost: float, steps: int) -> dict[str, Any]:
-    """What is told of one gradient path."""
+def paths_row(name: str, statistics: GradientStatistics, cost: float, steps: int) -> dict[str, Any]:
+    """Return the figures of one gradient path.
+
+    Args:
+        name: Name of the path.
+        statistics: Its gradients' statistics.
+        cost: Network passes of one gradient.
+        steps: Number of sampling steps.
+    """
     return {
         "path": name,
-        "norm": found.norm,
-        "deviation": found.deviation,
-        "relative_variance": found.relative_variance,
-        "alignment": found.alignment(),
+        "norm": statistics.norm,
+        "deviation": statistics.deviation,
+        "relative_variance": statistics.relative_variance,
+        "alignment": statistics.alignment(),
         "passes": cost,
-        "alignment_at_equal_cost": found.alignment(BUDGET * 2 * steps / cost),
+        "alignment_at_equal_cost": statistics.alignment(BUDGET * 2 * steps / cost),
     }
-
-
-def write_table(file: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write a CSV file."""
-    with file.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.writer(opened)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def print_paths(rows: Sequence[dict[str, Any]]) -> None:
@@ -58,8 +54,8 @@ def print_paths(rows: Sequence[dict[str, Any]]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "cosine: of the gradients of two independent batches; at equal cost: of the means of as many as cost the "
-        f"network passes of {BUDGET} gradients of all steps",
+        "cosine: between the gradients of two independent batches; at equal cost: between means of as many gradients "
+        f"as cost the network passes of {BUDGET} gradients through all steps",
         style="dim",
     )
 
@@ -81,7 +77,7 @@ def draw_steps(file: Path, rows: Sequence[Sequence[float]], prompt: str) -> None
 
 
 def draw_paths(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw how well independent gradients agree, for each path: of one batch, and at the same cost."""
+    """Draw how well independent gradients of each path agree: of one batch, and at the same cost."""
     figure, axes = canvas()
     places = np.arange(len(rows))
     for shift, key, label in ((-0.2, "alignment", "one batch"), (0.2, "alignment_at_equal_cost", "at equal cost")):
@@ -94,7 +90,7 @@ def draw_paths(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def canvas() -> tuple[Any, Any]:
-    """A figure with axes, without a screen."""
+    """Return a figure with axes, without a screen."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
