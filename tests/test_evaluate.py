@@ -174,6 +174,24 @@ def test_a_finished_audit_is_not_overwritten_where_the_prompts_of_its_file_chang
     assert (tmp_path / "own" / "results.json").read_bytes() == kept
 
 
+def images(folder: Path) -> list[dict[str, str]]:
+    """The rows of per_image.csv."""
+    with (folder / "per_image.csv").open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_images_of_the_table_are_those_that_were_counted(audit: Path) -> None:
+    rows, content = images(audit), json.loads((audit / "results.json").read_text())
+    assert len(rows) == 2 * 2 * 4 and all((audit / row["file"]).is_file() for row in rows)
+    for classifier, seen in content["bias"].items():
+        for name, result in seen.items():
+            for model in ("original", "ema"):
+                for prompt, counts in zip(content["run"]["test_prompts"], result[model]["counts"], strict=True):
+                    mine = [row for row in rows if (row["model"], row["prompt"]) == (model, prompt)]
+                    read = [", ".join(row[f"{classifier}.{part}"] for part in name.split("×")) for row in mine]
+                    assert [read.count(label) for label in result["classes"]] == counts
+
+
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -358,6 +376,12 @@ def test_two_processes_see_what_one_sees(run: Path, audit: Path, tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert counts(tmp_path / "mine") == counts(audit)
+    for ours, theirs in zip(*map(images, (tmp_path / "mine", audit)), strict=True):
+        for column, value in theirs.items():
+            if column.endswith("_probability") or ".box_" in column:
+                assert float(ours[column] or -1) == pytest.approx(float(value or -1), abs=0.11), column
+            else:
+                assert ours[column] == value, column
     kept = [json.loads((folder / "results.json").read_text())["kept"] for folder in (tmp_path / "mine", audit)]
     assert {"clip_t", "clip_i", "fid_clip", "kid_clip"} <= kept[0].keys() == kept[1].keys()
     for measure, models in kept[0].items():

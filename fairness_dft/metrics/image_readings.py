@@ -85,6 +85,6 @@ class ImageReadings(Metric):
         rows, numbers = rows.reshape(-1, 3), numbers.reshape(len(rows.reshape(-1, 3)), -1)
         # Ranks come one after the other; within a prompt, the first rank has the first images.
         order = rows[:, 0].argsort(stable=True)
-        rows, (boxes, *parts) = rows[order], numbers[order].split([4, *self.classes.values()], 1)
+        rows, (boxes, *parts) = rows[order], numbers[order].split_with_sizes([4, *self.classes.values()], 1)
         probabilities = dict(zip(self.classes, parts, strict=True))
         return Readings(rows[:, 0], rows[:, 1], rows[:, 2].bool(), boxes, probabilities)

@@ -125,10 +125,10 @@ def image_table(
             cells: list[Any] = []
             seed = 0
             for classifier, names in classes.items():
-                found = readings[classifier, model]
+                table = readings[classifier, model]
                 place = places[classifier].get(key)
-                cells += _reading(found, place, names)
-                seed = seed if place is None else int(found.seed[place])
+                cells += _reading(table, place, names)
+                seed = seed if place is None else int(table.seed[place])
             path = file(model, prompt, seed) if file else ""
             rows.append([model, prompts[prompt].text, image, seed, path, face, *cells])
     return ImageTable(tuple(columns), rows, lines)

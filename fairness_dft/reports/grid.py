@@ -64,7 +64,7 @@ class GridRow:
     def title(self) -> str:
         """Return the prompt and, of several models, how many noises change class between them."""
         readings = self.readings()
-        changed = sum(len(set(found)) > 1 for found in readings)
+        changed = sum(len(set(classes)) > 1 for classes in readings)
         return f"{self.prompt}   ({changed} of {len(readings)} change class)" if len(self.sides) > 1 else self.prompt
 
 
@@ -163,8 +163,8 @@ def _paste_row(
 def _counts(side: GridSide, classes: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Yield for each attribute how many images show each class."""
     for column, names in enumerate(classes.values()):
-        found = side.classes[side.has_face, column].tolist()
-        parts = [f"{found.count(index)} {name}" for index, name in enumerate(names)]
+        labels = side.classes[side.has_face, column].tolist()
+        parts = [f"{labels.count(index)} {name}" for index, name in enumerate(names)]
         missing = int((~side.has_face).sum())
         yield ", ".join(parts + ([f"{missing} no face"] if missing else []))
 

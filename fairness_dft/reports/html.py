@@ -77,8 +77,8 @@ def html_report(title: str, results: Results, settings: str, method: Sequence[st
             pairs=list(pair_rows(results, classifier)),
             paired=results.run.paired,
             compared=results.compared,
-            images=[(row, found, count_changes(found)) for row, found in shown],
-            linked=any(image.link for _, found in shown for column in found for image in column.images.values()),
+            images=[(row, pairs, count_changes(pairs)) for row, pairs in shown],
+            linked=any(image.link for _, pairs in shown for column in pairs for image in column.images.values()),
             extreme=extreme,
         )
     )

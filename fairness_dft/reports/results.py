@@ -305,14 +305,14 @@ class Results:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content["version"] != VERSION:
                 raise ValueError(f"is of version {content['version']}, but must be of version {VERSION}")
-            found: Results = _parsed(cls, {key: content[key] for key in content if key not in ("version", "note")})
+            results: Results = _parsed(cls, {key: content[key] for key in content if key not in ("version", "note")})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = str(error) if str(error).startswith("is ") else "is not a results file of this program"
             raise ValueError(
                 f"{str(file)!r} {reason}: measure the model again with evaluate, or remove the file to go on without "
                 "its figures"
             ) from error
-        return found
+        return results
 
 
 def known(value: float) -> float | None:

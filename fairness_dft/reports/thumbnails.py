@@ -71,7 +71,7 @@ def columns(
         result: Its figures, for the names of its classes.
     """
     count = len(next(iter(images.values())))
-    found = []
+    pairs = []
     for number in range(1, count + 1):
         sides = {}
         for model, pixels in images.items():
@@ -84,10 +84,10 @@ def columns(
                 line=line,
                 link=quote(str(table.rows[line - 2][table.columns.index("file")])),
             )
-        found.append(Column(sides))
+        pairs.append(Column(sides))
     last = len(result.classes)
     return sorted(
-        found, key=lambda column: [last if image.index is None else image.index for image in column.images.values()]
+        pairs, key=lambda column: [last if image.index is None else image.index for image in column.images.values()]
     )
 
 
@@ -105,10 +105,10 @@ def joint_class(readings: Readings, prompt: int, number: int, label: str) -> int
     return index
 
 
-def count_changes(found: Sequence[Column]) -> dict[str, int]:
+def count_changes(pairs: Sequence[Column]) -> dict[str, int]:
     """Return how many columns change from which class to which, such as {"man → woman": 3}."""
     counts: dict[str, int] = {}
-    for column in found:
+    for column in pairs:
         if column.changed:
             change = " → ".join(image.label for image in column.images.values())
             counts[change] = counts.get(change, 0) + 1
