@@ -127,10 +127,7 @@ def classifier_overfit(bias: Figures, aligned: Sequence[str]) -> dict[str, dict[
 
 def _improvement(result: AttributeResult) -> float | None:
     """Return the share by which a model became fairer, by the measure that its targets ask for."""
-    before, after = (
-        side.bias if result.measure == "bias" else side.distance and side.distance.total_variation_by_prompt
-        for side in (result.original, result.last)
-    )
+    before, after = (side.figure(result.measure) for side in (result.original, result.last))
     return None if not before or after is None else 1 - after / before
 
 

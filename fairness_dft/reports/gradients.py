@@ -67,7 +67,7 @@ def draw_steps(file: Path, rows: Sequence[Sequence[float]], prompt: str) -> None
     timesteps = np.unique(table[:, 1])
     for column, label in enumerate(PARTS.values(), start=3):
         values = np.stack([table[table[:, 1] == t, column] for t in timesteps])
-        middle, low, high = np.median(values, 1), *np.percentile(values, (10, 90), axis=1)
+        middle, (low, high) = np.median(values, 1), np.percentile(values, (10, 90), axis=1)
         (line,) = axes.plot(timesteps, middle, marker="o", markersize=3, label=label)
         axes.fill_between(timesteps, low, high, color=line.get_color(), alpha=0.2)
     axes.set(xlabel="timestep t (noise on the right)", ylabel="norm of the gradient of θ", yscale="log")

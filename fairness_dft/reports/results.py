@@ -106,6 +106,12 @@ class ModelBias:
         images = sum(map(sum, self.counts)) + sum(self.no_face)
         return sum(self.no_face) / images if images else None
 
+    def figure(self, measure: Measure) -> float | None:
+        """Return the bias, or the mean distance of a prompt from its target."""
+        if measure == "bias":
+            return self.bias
+        return self.distance.total_variation_by_prompt if self.distance else None
+
 
 @dataclass(frozen=True)
 class AttributeResult:

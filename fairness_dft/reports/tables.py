@@ -108,9 +108,8 @@ def distance_table(results: Results) -> Table:
     for classifier, seen in results.bias.items():
         for name, result in seen.items():
             if result.measure == "distance" and (last := result.last.distance):
-                means = [side and side.distance and side.distance.total_variation_by_prompt
-                         for side in (result.original, result.ema)]  # fmt: skip
-                cells = both(results, *map(number, means))
+                means = [side.figure("distance") if side else None for side in (result.original, result.ema)]
+                cells = both(results, *(number(mean) for mean in means))
                 floor = number(last.total_variation_by_prompt_floor)
                 table.add_row(breakable(name), classifier_title(results, classifier), *cells, floor)
     return table
@@ -146,10 +145,10 @@ def adherence_table(results: Results) -> Table:
         title = classifier_title(results, classifier)
         for name, models in seen.items():
             first, last = models["original"], models.get("ema")
-            shares = both(results, number(first.share, 3), number(last and last.share, 3))
+            shares = both(results, number(first.share, 3), number(last.share if last else None, 3))
             table.add_row(name, title, *shares, str(first.images))
             for label, side in first.classes.items() if len(first.classes) > 1 else ():
-                after = number(last and last.classes[label].share, 3)
+                after = number(last.classes[label].share if last else None, 3)
                 table.add_row(f"  {label}", title, *both(results, number(side.share, 3), after), str(side.images))
     return table
 
@@ -161,7 +160,7 @@ def kept_table(results: Results) -> Table:
     for measure, models in results.kept.items():
         table.add_row(measure, *both(results, *(number(models.get(model), 3) for model in ("original", "ema"))))
     first = next(iter(next(iter(results.bias.values())).values()))
-    shares = (number(side and side.no_face_share, 3) for side in (first.original, first.ema))
+    shares = (number(side.no_face_share if side else None, 3) for side in (first.original, first.ema))
     table.add_row("images that show no face", *both(results, *shares))
     return table
 
