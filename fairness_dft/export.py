@@ -152,7 +152,7 @@ def merge(path: str, output: Path, adapter: Adapter) -> None:
     folder = resolve(path)
     try:
         with quiet():
-            pipeline = StableDiffusionPipeline.from_pretrained(
+            pipeline = StableDiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
                 str(folder) if folder.is_dir() else path,
                 use_safetensors=True,
                 local_files_only=folder.is_dir() or not on_hub(path),

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType
@@ -53,7 +54,8 @@ def main(args: ArgsType = None) -> None:
             "fairness_dft.diffusion.StableDiffusion to finetune"
         )
     module.generator.check()
-    find = {type(callback): callback for callback in trainer.callbacks}
+    callbacks: list[Any] = vars(trainer)["callbacks"]  # Trainer does not declare it
+    find = {type(callback): callback for callback in callbacks}
     find[AdapterAverage].check(trainer.max_steps)
     module.check_end(trainer.max_steps, trainer.max_epochs)
     for monitor in (find[BiasMonitor], find[QualityMonitor]):
@@ -103,10 +105,16 @@ def main(args: ArgsType = None) -> None:
 
 def hyperparameters(config: Namespace) -> dict[str, str]:
     """Return the settings in which runs differ most, by short names, as text."""
-    keys = ("model.attribute.name", "model.adapter.class_path", "model.learning_rate", "model.semantics_weight")
-    keys += ("data.init_args.images_per_prompt", "trainer.max_steps", "seed_everything")
-    names = ("attributes", "adapter", "learning_rate", "semantics_weight", "images_per_prompt", "steps", "seed")
-    return {name: str(config.get(key)).removeprefix("fairness_dft.") for name, key in zip(names, keys, strict=True)}
+    keys = {
+        "attributes": "model.attribute.name",
+        "adapter": "model.adapter.class_path",
+        "learning_rate": "model.learning_rate",
+        "semantics_weight": "model.semantics_weight",
+        "images_per_prompt": "data.init_args.images_per_prompt",
+        "steps": "trainer.max_steps",
+        "seed": "seed_everything",
+    }
+    return {name: str(config.get(key)).removeprefix("fairness_dft.") for name, key in keys.items()}
 
 
 def check_targets(attribute: Attribute, data: PromptModule, splits: Sequence[str]) -> None:

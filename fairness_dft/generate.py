@@ -23,6 +23,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from fairness_dft.adapters.base import Name
 from fairness_dft.cli.commands import new_folder, parsed, run_main
 from fairness_dft.cli.finished_run import build, load_adapter
 from fairness_dft.prompts.files import lines
@@ -119,13 +120,14 @@ def draw(module: FairFinetuning, prompt: str, settings: Settings, output: Path, 
     steps = sampler.draw_steps(torch.Generator().manual_seed(module.seed))  # as the run tests
     recipe = {"base_model": getattr(generator, "path", type(generator).__name__), "steps": steps}
     recipe |= {"guidance_scale": sampler.guidance_scale, "scheduler": type(generator.scheduler).__name__}
-    drawn = {}
-    for model, name in (("original", "original"), (settings.adapter, "finetuned")):
+    drawn: dict[str, Tensor] = {}
+    models: tuple[tuple[Name, str], ...] = (("original", "original"), (settings.adapter, "finetuned"))
+    for model, name in models:
         with module.adapter.using(model):
             if truncated_text := generator.truncated_text(prompt):
                 message = f"the text encoder of the {name} model cuts the end of a prompt: {truncated_text!r}"
                 print(f"warning: {message}", file=sys.stderr)
-            chunks = [sampler(generator, prompt, generator.noise(chunk), steps) for chunk in seeds.split(BATCH)]
+            chunks = [sampler(generator, prompt, generator.noise(chunk), steps) for chunk in torch.split(seeds, BATCH)]
         drawn[model] = torch.cat(chunks).float()
         facts = {"prompt": prompt, "model": name, **recipe}
         if name == "finetuned":

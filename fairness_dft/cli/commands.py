@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
 from fairness_dft.cli.help import answer_help, program

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from fairness_dft.cli.lightning_cli import FairnessCLI
 from fairness_dft.training.finished_run import Average, FinishedRun
@@ -21,7 +22,7 @@ def build(run: FinishedRun, output: str) -> FairnessCLI:
         ValueError: If its settings cannot be read.
     """
     settings = run.settings()
-    kept = {key: settings[key] for key in ("model", "seed_everything") if key in settings}
+    kept: dict[str, Any] = {key: settings[key] for key in ("model", "seed_everything") if key in settings}
     kept["trainer"] = {"precision": settings.get("trainer", {}).get("precision")}
     here = [f"--trainer.{setting}" for setting in HERE]
     data = "--data=fairness_dft.prompts.OccupationPrompts"

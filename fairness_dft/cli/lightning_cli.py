@@ -2,13 +2,13 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import ArgumentError
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from fairness_dft.cli.commands import resumable, writable
@@ -137,7 +137,7 @@ class FairnessCLI(OneLineCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_instantiator(self.build_module, FairFinetuning)
+        parser.add_instantiator(cast(Any, self.build_module), FairFinetuning)  # an audit is not a finetuning
         for name, callback in MONITORS.items():
             parser.add_lightning_class_args(callback, name)
         for seed in ("model.seed", "data.init_args.seed"):

@@ -51,8 +51,11 @@ def telling_what_saves_memory(module: Evaluation, data: PromptModule) -> Iterato
         if not is_out_of_memory(error):
             raise
         files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        training = isinstance(module, FairnessLoss) and not any(file.endswith("evaluation_loop.py") for file in files)
-        advice = of_training(module, data) if training else of_evaluation(module, data)
+        evaluating = any(file.endswith("evaluation_loop.py") for file in files)
+        if isinstance(module, FairnessLoss) and not evaluating:
+            advice = of_training(module, data)
+        else:
+            advice = of_evaluation(module, data)
         raise MemoryNeeded(needed(error, advice)) from error
 
 

@@ -39,7 +39,7 @@ def innermost(message: str, config: Namespace | None = None) -> str:
     types = [match for match in types if match[3]] or types
     other = "values in braces or a class by its import path"
     allowed = sorted(match[1] or (f"one of {match[2]}" if match[2] else other) for match in types)
-    return f"{where}must be {' or '.join(allowed)}, but got {types[0][3] or given[1]}"
+    return f"{where}must be {' or '.join(allowed)}, but got {types[0][3] or (given[1] if given else None)}"
 
 
 def way_out(message: str, options: Iterable[str], example: str) -> str:
