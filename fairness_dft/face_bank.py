@@ -1,4 +1,4 @@
-"""Embed the faces of a folder of pictures for face realism: `python -m fairness_dft.face_bank --images FOLDER`."""
+"""Embed the faces of a folder of images for face realism: `python -m fairness_dft.face_bank --images FOLDER`."""
 
 if __name__ == "__main__":  # answers before the imports, which take seconds
     from fairness_dft.cli.help import answer_help
@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fairness_dft.cli.commands import run_main
+from fairness_dft.cli.commands import run_main, writable
 from fairness_dft.cli.messages import innermost, way_out
 from fairness_dft.faces.finders import DetectedFaces, threads
 from fairness_dft.faces.realism import NETWORK, FaceEmbedding
-from fairness_dft.files import PICTURES, one_line
+from fairness_dft.files import PICTURES, one_line, replacing
 
 BATCH = 64
 
@@ -31,12 +31,12 @@ def main(args: list[str] | None = None) -> None:
     """Build a bank from the command line.
 
     Raises:
-        ValueError: in one line, for what the user can mend.
+        ValueError: In one line, for what the user can fix.
     """
     parser = ArgumentParser(
         prog="python -m fairness_dft.face_bank", description=__doc__, exit_on_error=False, allow_abbrev=False
     )
-    parser.add_argument("--images", type=str, required=True, help="Folder of pictures, searched with its subfolders.")
+    parser.add_argument("--images", type=str, required=True, help="Folder of images, searched with its subfolders.")
     parser.add_argument("--output", type=str, default="face_bank.safetensors", help="File to write.")
     parser.add_class_arguments(FaceEmbedding, "embedding")
     parser.add_class_arguments(DetectedFaces, "faces", skip={"margin", "size"})
@@ -48,57 +48,53 @@ def main(args: list[str] | None = None) -> None:
     files = picture_files(Path(config.images))
     output = new_file(Path(config.output))
     objects = parser.instantiate_classes(config)
-    objects.faces.load()  # first: with its package the detector brings the face network
+    objects.faces.load()  # first, since its package contains the face network
     objects.embedding.load()
     embeddings = embed(files, objects.faces, objects.embedding)
     if not len(embeddings):
-        raise ValueError(f"--images: no face was found in the {len(files)} files of {config.images!r}")
+        raise ValueError(f"--images: no face was detected in the {len(files)} files of {config.images!r}")
     metadata = {"format": "pt", NETWORK: objects.embedding.digest}
     try:
-        save_file({"embeddings": embeddings}, output, metadata=metadata)
+        with replacing(output) as draft:
+            save_file({"embeddings": embeddings}, draft, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"--output: {str(output)!r} could not be written: {one_line(error)}") from error
     no_face = len(files) - len(embeddings)
-    print(f"{len(embeddings)} faces in {output}; {no_face} of {len(files)} files show none or are no pictures")
+    print(f"{len(embeddings)} faces in {output}; {no_face} of {len(files)} files show no face or are not images")
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """All files of a folder and its subfolders that may be pictures, sorted.
+    """Return all files of a folder and its subfolders that may be images, sorted.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If there are none.
     """
     if not folder.is_dir():
         raise ValueError(f"--images: there is no folder {str(folder)!r}")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
     if not files:
-        raise ValueError(f"--images: the folder {str(folder)!r} holds no pictures, such as .jpg or .png")
+        raise ValueError(f"--images: the folder {str(folder)!r} contains no images, such as .jpg or .png")
     return files
 
 
 def new_file(file: Path) -> Path:
-    """A file that can be written, and is not there yet.
+    """Return the path of a file that can be written and does not exist yet.
 
     Raises:
-        ValueError: if it is there, or cannot be written.
+        ValueError: If it exists, or cannot be written.
     """
     if file.exists():
-        raise ValueError(f"--output: {str(file)!r} is there already; choose another name, or remove it")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        file.unlink()
-    except OSError as error:
-        raise ValueError(f"--output: cannot write {str(file)!r} ({error.strerror}); choose another place") from None
+        raise ValueError(f"--output: {str(file)!r} already exists; choose another name, or remove it")
+    writable(file.parent)
     return file
 
 
 @torch.no_grad()
 def embed(files: list[Path], finder: DetectedFaces, embedding: FaceEmbedding) -> Tensor:
-    """Embeddings of the largest face of each picture that shows one.
+    """Return embeddings of the largest face of each image that shows a face.
 
     Args:
-        files: the pictures.
+        files: The images.
         finder: a loaded face finder.
         embedding: a loaded face network.
 
@@ -108,26 +104,26 @@ def embed(files: list[Path], finder: DetectedFaces, embedding: FaceEmbedding) ->
     device = "cuda" if torch.cuda.is_available() else "cpu"
     embedding.to(device)
     batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
-    found = [torch.zeros(0, embedding.width)]
+    embeddings = [torch.zeros(0, embedding.width)]
     with ThreadPoolExecutor(threads()) as pool:
         for batch in track(batches, "finding faces", console=Console(stderr=True)):
-            seen = pool.map(lambda file: aligned(file, finder, embedding), batch)
-            if faces := [face for face in seen if face is not None]:
-                found.append(embedding(torch.cat(faces).to(device)).cpu())
-    return torch.cat(found)
+            crops = pool.map(lambda file: aligned(file, finder, embedding), batch)
+            if faces := [face for face in crops if face is not None]:
+                embeddings.append(embedding(torch.cat(faces).to(device)).cpu())
+    return torch.cat(embeddings)
 
 
 def aligned(file: Path, finder: DetectedFaces, embedding: FaceEmbedding) -> Tensor | None:
-    """The aligned largest face of a picture, with shape (1, 3, size, size); None without one."""
+    """Return the aligned largest face of an image, with shape (1, 3, size, size); None if it shows no face."""
     try:
         with Image.open(file) as opened:
             pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except Exception:  # what is no picture in spite of its name; each format raises its own
+    except Exception:  # not an image in spite of its name; each format raises its own
         return None
-    found = finder.find(np.ascontiguousarray(pixels[..., ::-1]))
-    if not found:
+    faces = finder.find(np.ascontiguousarray(pixels[..., ::-1]))
+    if not faces:
         return None
-    _, landmarks = found[0]
+    _, landmarks = faces[0]
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
     return embedding.align(image, torch.from_numpy(landmarks)[None].float())
 

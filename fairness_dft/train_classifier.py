@@ -24,13 +24,13 @@ from fairness_dft.classifiers.training import ClassifierTraining
 from fairness_dft.cli.commands import new_folder, resumable, run_main
 from fairness_dft.cli.lightning_cli import OneLineCLI
 from fairness_dft.datasets.base import SPLITS, LabelledFaces
-from fairness_dft.files import resolve
+from fairness_dft.files import filling, resolve
 from fairness_dft.reports.classifier_card import model_card, table
 from fairness_dft.training.interruption import GracefulStop
 
 
 class ClassifierCLI(OneLineCLI):
-    """Builds training, data and trainer from YAML files and flags."""
+    """Build training, data and trainer from YAML files and flags."""
 
     def __init__(self, args: ArgsType = None) -> None:
         self.best = ModelCheckpoint(
@@ -57,7 +57,7 @@ class ClassifierCLI(OneLineCLI):
             resumable(Path(checkpoint))
         if checkpoint is None or not Path(checkpoint).resolve().is_relative_to(output.resolve()):
             new_folder(output)
-        self.save_config_kwargs["overwrite"] = checkpoint is not None  # a resumed training is described anew
+        self.save_config_kwargs["overwrite"] = checkpoint is not None  # a resumed training describes itself again
         self.config.trainer.default_root_dir = str(output / "training")
         self.best.dirpath = str(output / "training" / "checkpoints")
 
@@ -66,14 +66,16 @@ def main(args: ArgsType = None) -> None:
     """Train, keep the best epoch, calibrate, test and save.
 
     Raises:
-        ValueError: in one line, for what the user can mend.
+        ValueError: In one line, for what the user can fix.
     """
     cli = ClassifierCLI(args)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise ValueError("--trainer.max_epochs must be given, since the learning rate falls to zero by the end")
     if 0 in (trainer.limit_val_batches, trainer.limit_test_batches):
-        raise ValueError("--trainer.limit_val_batches and limit_test_batches must not be 0: what is saved is measured")
+        raise ValueError(
+            "--trainer.limit_val_batches and limit_test_batches must not be 0: the saved classifier is measured"
+        )
     data.read()
     module.load(data)
     try:
@@ -85,9 +87,9 @@ def main(args: ArgsType = None) -> None:
         trainer.validate(module, data, verbose=False)
         temperatures = module.calibrate()
         trainer.test(module, data, verbose=False)
-    except ValueError as error:  # a data worker tells of a broken picture with its whole traceback
-        told = re.findall(r"ValueError: (--data: .*)", str(error)) or [str(error)]
-        raise ValueError(told[-1]) from error
+    except ValueError as error:  # a data worker reports a broken image with its whole traceback
+        messages = re.findall(r"ValueError: (--data: .*)", str(error)) or [str(error)]
+        raise ValueError(messages[-1]) from error
     heads = {head: head_figures(*module.verdicts[head], classes) for head, classes in module.heads.items()}
     before = {
         head: head_figures(logits * temperatures[head], labels, module.heads[head])["calibration_error"]
@@ -107,9 +109,8 @@ def main(args: ArgsType = None) -> None:
 
 
 def save(cli: ClassifierCLI, figures: dict[str, Any]) -> None:
-    """Write the classifier in Hugging Face's layout, its figures and its model card."""
+    """Write the classifier in Hugging Face's layout, its figures and its model card, all at once."""
     module, data, folder = cli.model, cli.datamodule, Path(cli.config.output)
-    module.network.save_pretrained(folder, safe_serialization=True)
     start = resolve(module.backbone)
     random = not module.pretrained or (start.is_dir() and not any(start.glob("*.safetensors")))
     started = None if random else start.name if start.is_dir() else module.backbone
@@ -118,12 +119,14 @@ def save(cli: ClassifierCLI, figures: dict[str, Any]) -> None:
     training = {k: v for k, v in cli.config.model.items() if k != "backbone"}
     settings = {**arguments, **training, "epochs": cli.trainer.current_epoch, "seed": cli.config.seed_everything}
     card = model_card(type(module.network).__name__, started, type(data).__name__, settings, figures)
-    for name, text in (
-        ("preprocessor_config.json", json.dumps(module.preparation, indent=1) + "\n"),
-        ("metrics.json", json.dumps(figures, indent=1, allow_nan=False) + "\n"),
-        ("README.md", card),
-    ):
-        (folder / name).write_text(text, encoding="utf-8")
+    with filling(folder) as draft:
+        module.network.save_pretrained(draft, safe_serialization=True)
+        for name, text in (
+            ("preprocessor_config.json", json.dumps(module.preparation, indent=1) + "\n"),
+            ("metrics.json", json.dumps(figures, indent=1, allow_nan=False) + "\n"),
+            ("README.md", card),
+        ):
+            (draft / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

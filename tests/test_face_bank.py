@@ -37,7 +37,7 @@ def test_bank_holds_insightfaces_embedding_of_every_face(
     assert bank.shape == (sum(present), 8) and bank.dtype == torch.float32 and 0 < sum(present) < 12
     assert_close(bank.norm(dim=1), torch.ones(len(bank)))
     said = capsys.readouterr().out
-    assert f"{sum(present)} faces in {output}; {13 - sum(present)} of 13 files show none" in said
+    assert f"{sum(present)} faces in {output}; {13 - sum(present)} of 13 files show no face" in said
 
     detector, embedding = InsightFace(str(DATA / "detector"), size=(64, 64)), FaceEmbedding(network)
     detector.load()
@@ -61,8 +61,8 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, network: str) -> None:
     for arguments, message in (
         ([], "images"),
         ([f"--images={tmp_path / 'missing'}"], "--images: there is no folder"),
-        ([f"--images={tmp_path / 'empty'}"], "holds no pictures, such as .jpg or .png"),
-        ([f"--images={tmp_path / 'pictures'}", f"--output={tmp_path / 'there.safetensors'}"], "is there already"),
+        ([f"--images={tmp_path / 'empty'}"], "contains no images, such as .jpg or .png"),
+        ([f"--images={tmp_path / 'pictures'}", f"--output={tmp_path / 'there.safetensors'}"], "already exists"),
         ([f"--images={tmp_path / 'pictures'}", f"--output={tmp_path / 'there.safetensors' / 'x'}"], "cannot write"),
         ([f"--images={tmp_path / 'pictures'}", "--ouput=x"], "did you mean --output"),
         (
@@ -80,7 +80,7 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, network: str) -> None:
 def test_pictures_without_a_face_make_no_bank(tmp_path: Path, network: str) -> None:
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (64, 64), (200, 180, 40)).save(tmp_path / "pictures" / "wall.png")
-    with pytest.raises(ValueError, match="no face was found in the 1 files"):
+    with pytest.raises(ValueError, match="no face was detected in the 1 files"):
         main(
             [f"--images={tmp_path / 'pictures'}", f"--output={tmp_path / 'x'}", f"--embedding.path={network}", DETECTOR]
         )

@@ -190,8 +190,8 @@ def test_heads_of_many_classes_are_summed_up() -> None:
     figures = {"split": "test", "pictures": counts, "heads": heads, "calibration_error_before": error}
     figures["temperature"] = {"subject": 1.0, "gender": 1.0}
     card = model_card("ResNet", None, "LabelledFolder", {}, figures)
-    assert "30 classes, least 0.000, of subject 7" in card and "subject 3" not in card
-    assert "| gender: label ↓ verdict → | man | woman |" in card and "from random weights" in card
+    assert "30 classes, lowest 0.000 (subject 7)" in card and "subject 3" not in card
+    assert "| gender: label ↓ prediction → | man | woman |" in card and "from random weights" in card
 
 
 def test_loss_of_a_head_is_the_weighted_mean_over_known_labels() -> None:
@@ -224,7 +224,7 @@ def test_a_temperature_at_its_bound_is_told() -> None:
     """Sure verdicts that are right no more often than chance have no finite temperature."""
     useless = temperature(9 * torch.eye(2)[[0, 1, 0, 1]], torch.tensor([0, 1, 1, 0]))
     [line] = at_a_bound({"hat": useless, "mood": 1.7})
-    assert line.startswith("the temperature of hat ran to its bound (20.00)")
+    assert line.startswith("the temperature of hat reached its bound (20.00)")
 
 
 def test_calibration_can_be_left_out() -> None:
@@ -366,7 +366,7 @@ def test_a_broken_picture_is_named(faces: Path, backbone: Path, tmp_path: Path, 
     shutil.copytree(faces, folder)
     victim = max(folder.glob("*.png"))
     victim.write_bytes(victim.read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"--data: the picture .*{victim.name}. cannot be read") as error:
+    with pytest.raises(ValueError, match=f"--data: the image .*{victim.name}. cannot be read") as error:
         main(flags(folder, backbone, tmp_path / "new", **{"data.init_args.workers": workers, "trainer.max_epochs": 1}))
     assert "\n" not in str(error.value)
 

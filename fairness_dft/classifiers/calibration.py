@@ -1,4 +1,4 @@
-"""How good a classifier is, head by head, and the temperature that makes its probabilities honest."""
+"""The quality of a classifier, head by head, and the temperature that calibrates its probabilities."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,22 +11,22 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from fairness_dft.datasets.base import UNKNOWN
 
-TEMPERATURES = (0.05, 20.0)  # the least and the highest
+TEMPERATURES = (0.05, 20.0)  # lowest and highest
 
 
 def head_figures(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
-    """Figures of one head over the pictures whose label is known.
+    """Return figures of one head over the images with a known label.
 
     Args:
-        logits: with shape (n, K).
-        labels: class indices or `UNKNOWN`, int64 with shape (n,).
-        classes: names of the classes.
+        logits: With shape (n, K).
+        labels: Class indices or `UNKNOWN`, int64 with shape (n,).
+        classes: Names of the classes.
 
     Returns:
-        `pictures`, how many; `confusion` (rows: labels, columns: verdicts); `recall`, `precision` and `f1` of each
-        class, as if all classes were equally frequent; `balanced_accuracy`, the mean recall; `accuracy`; and
-        `calibration_error`, the expected calibration error in 15 bins, on the pictures as they are. All shares are in
-        [0, 1]; None where there is no picture.
+        `pictures`, the number of images; `confusion` (rows: labels, columns: predictions); `recall`, `precision` and
+        `f1` of each class, as if all classes were equally frequent; `balanced_accuracy`, the mean recall; `accuracy`;
+        and `calibration_error`, the expected calibration error in 15 bins, without balancing classes. All shares are in
+        [0, 1]; None where there is no image.
     """
     known = labels != UNKNOWN
     logits, labels = logits[known].float().cpu(), labels[known].cpu()
@@ -51,24 +51,24 @@ def head_figures(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict
 
 
 def finite(value: Tensor) -> float | None:
-    """A number that JSON knows."""
+    """Return a number that JSON can express; None for NaN and infinity."""
     return float(value) if value.isfinite() else None
 
 
 def by_name(classes: Sequence[str], values: Tensor) -> dict[str, float | None]:
-    """Values by the names of the classes."""
+    """Return values by the names of the classes."""
     return dict(zip(classes, map(finite, values), strict=True))
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature T > 0 for which the mean cross-entropy of logits / T is least, on the pictures as they are.
+    """Return the temperature T > 0 that minimizes the mean cross-entropy of logits / T.
 
     Args:
-        logits: with shape (n, K).
-        labels: class indices or `UNKNOWN`, int64 with shape (n,).
+        logits: With shape (n, K).
+        labels: Class indices or `UNKNOWN`, int64 with shape (n,).
 
     Returns:
-        T, within `TEMPERATURES`; 1 where no label is known, or all are right: the surer, the better they would then be.
+        T, within `TEMPERATURES`; 1 if no label is known, or all predictions are right, for then the smallest T is best.
 
     References:
         On Calibration of Modern Neural Networks (Guo et al., 2017), https://arxiv.org/abs/1706.04599
@@ -79,20 +79,20 @@ def temperature(logits: Tensor, labels: Tensor) -> float:
     logits, labels = logits[known].double().cpu(), labels[known].cpu()
     if (logits.argmax(1) == labels).all():
         return 1.0
-    found = minimize_scalar(
+    minimum = minimize_scalar(
         lambda log: cross_entropy(logits * math.exp(-log), labels).item(),
         bounds=tuple(map(math.log, TEMPERATURES)),
         method="bounded",
     )
-    return math.exp(found.x)
+    return math.exp(minimum.x)
 
 
 def at_a_bound(temperatures: Mapping[str, float]) -> list[str]:
-    """A line for each head whose temperature ran to a bound, which means that its logits are not to be relied on."""
+    """Return a warning for each head whose temperature reached a bound, which makes its logits unreliable."""
     low, high = TEMPERATURES
     return [
-        f"the temperature of {head} ran to its bound ({value:.2f}): too few pictures of the validation split, or a "
-        "classifier that has learned nothing; --model.calibrated false leaves logits as they are"
+        f"the temperature of {head} reached its bound ({value:.2f}): the validation split has too few images, or the "
+        "classifier has learned nothing; --model.calibrated false keeps the logits unscaled"
         for head, value in temperatures.items()
         if not 1.02 * low < value < 0.98 * high
     ]

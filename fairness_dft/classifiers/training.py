@@ -20,7 +20,7 @@ Batch = tuple[Tensor, dict[str, Tensor]]
 
 
 class Verdicts(Metric):
-    """All logits and labels of an epoch, over all ranks."""
+    """Collect all logits and labels of an epoch, over all ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,24 +38,25 @@ class Verdicts(Metric):
 
 
 class ClassifierTraining(LightningModule):
-    """Trains a classifier with one head for each attribute.
+    """Train a classifier with one head for each attribute.
 
     Args:
-        backbone: hub id or folder of an `AutoModelForImageClassification`; from a folder that holds a config.json
+        backbone: Hub id or folder of an `AutoModelForImageClassification`; from a folder that holds a config.json
             alone, or where `pretrained` is false, it starts with random weights.
-        pretrained: whether to start from the backbone's weights.
-        learning_rate: of AdamW; it rises over the first 3 % of the steps and then falls to zero as a cosine.
-        weight_decay: of AdamW.
-        balance: weigh each class by its rarity, so that all classes of a head count alike.
-        smoothing: of the labels, in [0, 1).
-        noise: largest standard deviation of the noise that is added to pictures, which are in [0, 1]. Under noise a
-            classifier's gradient follows what is seen rather than single pixels (Santurkar et al., 2019,
+        pretrained: Whether to start from the backbone's weights.
+        learning_rate: Peak learning rate of AdamW; it rises over the first 3 % of the steps, then falls
+            to zero as a cosine.
+        weight_decay: Weight decay of AdamW.
+        balance: Weigh each class by its rarity, so that all classes of a head count alike.
+        smoothing: Label smoothing, in [0, 1).
+        noise: Largest standard deviation of the noise added to images in [0, 1]. Training under noise aligns a
+            classifier's gradient with visible content rather than single pixels (Santurkar et al., 2019,
             https://arxiv.org/abs/1906.09453), and finetuning learns from that gradient.
-        calibrated: divide the logits by temperatures. A classifier whose labels were smoothed becomes surer by that; as
-            it is, its soft verdicts rank the images to which finetuning assigns targets.
+        calibrated: Divide the logits by temperatures. Calibration makes a classifier trained with label smoothing more
+            confident; without it, its soft predictions rank the images to which finetuning assigns targets.
 
     Attributes:
-        verdicts: after an evaluation, all logits and labels of each head.
+        verdicts: After an evaluation, all logits and labels of each head.
     """
 
     def __init__(
@@ -78,10 +79,10 @@ class ClassifierTraining(LightningModule):
         self.verdicts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def load(self, data: LabelledFaces) -> None:
-        """Load the backbone with new heads for a data set, and tell the data set at which size it sees pictures.
+        """Load the backbone with new heads for a data set, and set the size of the data set's images.
 
         Raises:
-            ValueError: if the backbone cannot be loaded, or its logits do not come from one linear layer.
+            ValueError: If the backbone cannot be loaded, or its logits do not come from one linear layer.
         """
         import kornia.augmentation as K
 
@@ -97,12 +98,12 @@ class ClassifierTraining(LightningModule):
             K.RandomAffine(degrees=10, translate=(0.05, 0.05), scale=(0.9, 1.1), padding_mode="border", p=1.0),
             K.ColorJiggle(0.2, 0.2, 0.2, 0.02, p=1.0),
         )
-        # In the order of the heads: modules and buffers could not have the name of every column.
+        # In the order of the heads, since not every column is a valid name of a module or buffer.
         self.collected = nn.ModuleList(Verdicts() for _ in self.heads)
         self.weights = nn.ParameterList(nn.Parameter(w, requires_grad=False) for w in self.class_weights(data))
 
     def class_weights(self, data: LabelledFaces) -> list[Tensor]:
-        """For each head the weights of its classes: mean one over the training pictures if balanced, all one if not."""
+        """Return each head's class weights: with mean one over the training images if balanced, else all one."""
         weights = []
         for head, classes in self.heads.items():
             counts = Counter(picture.labels[head] for picture in data.pictures["train"])
@@ -112,7 +113,7 @@ class ClassifierTraining(LightningModule):
         return weights
 
     def logits(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Logits of each head, for pictures as floats in [0, 1]."""
+        """Return the logits of each head, for images as floats in [0, 1]."""
         return self.network(self.prepare(pixels)).logits.split([len(classes) for classes in self.heads.values()], 1)
 
     @override
@@ -139,7 +140,7 @@ class ClassifierTraining(LightningModule):
         self.validation_step(batch, batch_idx)
 
     def gather_verdicts(self) -> None:
-        """Fill `verdicts` from what was collected, which starts anew."""
+        """Move the collected logits and labels to `verdicts`, and clear the collection."""
         for head, collected in zip(self.heads, self.collected, strict=True):
             self.verdicts[head] = collected.compute()
             collected.reset()
@@ -148,10 +149,10 @@ class ClassifierTraining(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.gather_verdicts()
         figures = {head: head_figures(*self.verdicts[head], classes) for head, classes in self.heads.items()}
-        found = {head: f["balanced_accuracy"] for head, f in figures.items() if f["balanced_accuracy"] is not None}
-        for head, value in found.items():
+        accuracies = {head: f["balanced_accuracy"] for head, f in figures.items() if f["balanced_accuracy"] is not None}
+        for head, value in accuracies.items():
             self.log(f"validation/{head}", value, prog_bar=True, sync_dist=True)
-        self.log("validation/balanced_accuracy", sum(found.values()) / max(len(found), 1), sync_dist=True)
+        self.log("validation/balanced_accuracy", sum(accuracies.values()) / max(len(accuracies), 1), sync_dist=True)
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -169,9 +170,9 @@ class ClassifierTraining(LightningModule):
 
     @torch.no_grad()
     def calibrate(self) -> dict[str, float]:
-        """Divide the logits of each head by the temperature that suits the last evaluation's verdicts best.
+        """Divide the logits of each head by the temperature that fits the last evaluation best.
 
-        The temperatures become part of the last layer, so that whoever loads the classifier has them.
+        The temperatures become part of the last layer, so that the saved classifier includes them.
 
         Returns:
             The temperature of each head.
@@ -186,16 +187,16 @@ class ClassifierTraining(LightningModule):
 
 
 def head_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of one head over the pictures whose label is known, each times the weight of its class.
+    """Return the weighted mean cross-entropy of one head over the images with a known label.
 
     Args:
-        logits: with shape (B, K).
-        labels: class indices or `UNKNOWN`, int64 with shape (B,).
-        weights: of the classes, with shape (K,).
-        smoothing: of the labels, in [0, 1).
+        logits: With shape (B, K).
+        labels: Class indices or `UNKNOWN`, int64 with shape (B,).
+        weights: Weights of the classes, with shape (K,).
+        smoothing: Label smoothing, in [0, 1).
 
     Returns:
-        A scalar; a zero that still carries a graph where no label is known.
+        A scalar; a zero that still has a graph if no label is known.
     """
     known = labels != UNKNOWN
     if not known.any():

@@ -1,8 +1,8 @@
-"""Pictures of faces with labels: what classifiers are trained on.
+"""Labeled images of faces, on which classifiers are trained.
 
-Every data set becomes the same thing: for each split a list of `LabelledPicture`, and for each head (an attribute such
-as gender) its classes in the order of the labels. Labels are what annotators perceived. Here is what all data sets
-share, and the one that is any folder with a table; those that have layouts of their own are in face_datasets.py.
+Every data set has the same form: for each split a list of `LabelledPicture`, and for each head (an attribute such as
+gender) its classes in the order of the labels. Labels are what annotators perceived. This module has what all data sets
+share, and the data set that is any folder with a table; `datasets.faces` has those with layouts of their own.
 """
 
 import csv
@@ -24,33 +24,33 @@ from typing_extensions import override
 from fairness_dft.files import one_line
 
 SPLITS = ("train", "validation", "test")
-UNKNOWN = -100  # a label that is not known; the loss and the metrics leave it out
+UNKNOWN = -100  # an unknown label, which the loss and the metrics ignore
 
-Row = tuple[str, Path, dict[str, str | None]]  # split, file, and for each head the name of a class, if it is known
+Row = tuple[str, Path, dict[str, str | None]]  # split, file, and for each head the name of a class, if known
 
 
 @dataclass(frozen=True)
 class LabelledPicture:
-    """A picture and the class of each head, by its index, or `UNKNOWN`."""
+    """An image and the index of the class of each head, or `UNKNOWN`."""
 
     file: Path
     labels: dict[str, int]
 
 
 class LabelledFaces(LightningDataModule, ABC):
-    """A data set of labelled pictures.
+    """A data set of labeled images.
 
-    A batch is a pair: pictures, uint8 with shape (B, 3, size, size), and for each head int64 with shape (B,).
+    A batch is a pair: images, uint8 with shape (B, 3, size, size), and for each head int64 with shape (B,).
 
     Args:
-        folder: where the data set lies, as it is distributed.
-        batch_size: pictures of a batch, on each GPU.
-        workers: processes that read pictures.
+        folder: Folder of the data set, as it is distributed.
+        batch_size: Images per batch, on each GPU.
+        workers: Processes that read images.
 
     Attributes:
-        heads: after `read`, the classes of each head, in the order of the labels.
-        pictures: after `read`, those of each split.
-        size: side in pixels to which pictures are scaled; set by who trains.
+        heads: After `read`, the classes of each head, in the order of the labels.
+        pictures: After `read`, the images of each split.
+        size: Side in pixels to which images are scaled; the training sets it.
     """
 
     def __init__(self, folder: str, batch_size: int = 64, workers: int = 4) -> None:
@@ -66,18 +66,18 @@ class LabelledFaces(LightningDataModule, ABC):
 
     @abstractmethod
     def rows(self) -> list[Row]:
-        """Split, file and class names of every picture; a head that a picture has no label for is None or left out.
+        """Return split, file and class names of every image; a head without a label is None or missing.
 
         Raises:
-            ValueError: if the folder does not hold the data set.
+            ValueError: If the folder does not contain the data set.
         """
 
     def read(self) -> None:
         """Fill `heads` and `pictures`.
 
         Raises:
-            ValueError: if there is no data set, a picture is missing, there is none to train or validate on, or a class
-                of a head that training would not see.
+            ValueError: If there is no data set, an image is missing, the split train or validation is empty, or a class
+                is missing in the split train.
         """
         if self.pictures:
             return
@@ -87,17 +87,17 @@ class LabelledFaces(LightningDataModule, ABC):
         if missing := [(split, file) for split, file, _ in rows if not file.is_file()]:
             split, file = missing[0]
             raise ValueError(
-                f"--data: {len(missing)} of {len(rows)} pictures that the labels name are not there, such as "
+                f"--data: {len(missing)} of {len(rows)} images that the labels name do not exist, such as "
                 f"{str(file)!r} of the split {split}"
             )
         names: dict[str, set[str]] = {}
         for _, _, labels in rows:
             for head, name in labels.items():
                 names.setdefault(head, set()).update({name} - {None})
-        names = {head: found for head, found in names.items() if found}
-        if odd := [head for head in names if not head or set("/×") & set(head)]:
-            raise ValueError(f"--data: the name of a head must not be empty or have / or × in it, but got {odd[0]!r}")
-        self.heads = {head: self.order(head, found) for head, found in names.items()}
+        names = {head: classes for head, classes in names.items() if classes}
+        if invalid := [head for head in names if not head or set("/×") & set(head)]:
+            raise ValueError(f"--data: the name of a head must not be empty or contain / or ×, but got {invalid[0]!r}")
+        self.heads = {head: self.order(head, classes) for head, classes in names.items()}
         index = {head: {name: i for i, name in enumerate(classes)} for head, classes in self.heads.items()}
         pictures: dict[str, list[LabelledPicture]] = {split: [] for split in SPLITS}
         for split, file, labels in rows:
@@ -105,21 +105,26 @@ class LabelledFaces(LightningDataModule, ABC):
             pictures[split].append(LabelledPicture(file, known))
         for split in ("train", "validation"):
             if not pictures[split]:
-                raise ValueError(f"--data: {str(self.folder)!r} has no pictures for the split {split}")
+                raise ValueError(f"--data: {str(self.folder)!r} has no images for the split {split}")
         for head, classes in self.heads.items():
             if len(classes) < 2:
                 raise ValueError(f"--data: {head} must have two classes or more, but all are {classes[0]!r}")
             trained = {picture.labels[head] for picture in pictures["train"]}
             if lacking := [name for i, name in enumerate(classes) if i not in trained]:
-                raise ValueError(f"--data: the split train has no picture of {head} {lacking[0]!r}")
+                raise ValueError(f"--data: the split train has no image of {head} {lacking[0]!r}")
         self.pictures = pictures
 
-    def order(self, head: str, found: set[str]) -> tuple[str, ...]:
-        """The classes of a head, in the order of its labels: alphabetical."""
-        return tuple(sorted(found))
+    def order(self, head: str, names: set[str]) -> tuple[str, ...]:
+        """Return the classes of a head in the order of its labels: alphabetical.
+
+        Args:
+            head: The head.
+            names: Names of its classes.
+        """
+        return tuple(sorted(names))
 
     def loader(self, split: str) -> DataLoader:
-        """Batches of one split: shuffled for training; otherwise each rank has every n-th picture, and none twice."""
+        """Return batches of one split: shuffled for training; else each rank reads every n-th image, none twice."""
         pictures: Dataset = Pictures(self.pictures[split], self.size)
         ranks = self.trainer.world_size if self.trainer else 1
         training, sampler = split == "train", None
@@ -151,16 +156,16 @@ class LabelledFaces(LightningDataModule, ABC):
 
     @property
     def tested(self) -> str:
-        """The split that figures are measured on: test or, where there is none, validation."""
+        """The split on which figures are measured: test or, if it is empty, validation."""
         return "test" if self.pictures["test"] else "validation"
 
 
 class Pictures(Dataset):
-    """Reads and scales pictures.
+    """Read and scale images.
 
     Args:
-        pictures: their files and labels.
-        size: side in pixels; pictures that are not square are cropped about their middle.
+        pictures: Files and labels of the images.
+        size: Side in pixels; images that are not square are cropped to their center.
     """
 
     def __init__(self, pictures: Sequence[LabelledPicture], size: int) -> None:
@@ -170,17 +175,17 @@ class Pictures(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, int]]:
-        """One picture, uint8 with shape (3, size, size), and its labels.
+        """Return an image, uint8 with shape (3, size, size), and its labels.
 
         Raises:
-            ValueError: if the file cannot be read.
+            ValueError: If the file cannot be read.
         """
         entry = self.pictures[index]
         try:
             with Image.open(entry.file) as opened:
                 picture = ImageOps.exif_transpose(opened).convert("RGB")
         except Exception as error:  # each format raises its own
-            raise ValueError(f"--data: the picture {str(entry.file)!r} cannot be read: {one_line(error)}") from error
+            raise ValueError(f"--data: the image {str(entry.file)!r} cannot be read: {one_line(error)}") from error
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         square = picture.crop((left, top, left + side, top + side))
@@ -189,10 +194,10 @@ class Pictures(Dataset):
 
 
 def table(file: Path, required: Sequence[str] = ()) -> list[tuple[str, dict[str, str]]]:
-    """Rows of a CSV file with a header, each with the words that tell where it is.
+    """Return the rows of a CSV file with a header, each with its file and line number for errors.
 
     Raises:
-        ValueError: if it is not there, is not UTF-8, lacks a column or has rows of another length than the header.
+        ValueError: If it does not exist, is not UTF-8, lacks a column, or has rows of another length than the header.
     """
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
@@ -202,7 +207,7 @@ def table(file: Path, required: Sequence[str] = ()) -> list[tuple[str, dict[str,
     except OSError:
         raise ValueError(f"--data: there is no file {str(file)!r}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"--data: {str(file)!r} is no CSV file in UTF-8: {error}") from None
+        raise ValueError(f"--data: {str(file)!r} is not a CSV file in UTF-8: {error}") from None
     if missing := [column for column in required if column not in columns]:
         raise ValueError(
             f"--data: {str(file)!r} lacks the column {missing[0]!r}; it has {', '.join(columns) or 'none'}"
@@ -211,15 +216,21 @@ def table(file: Path, required: Sequence[str] = ()) -> list[tuple[str, dict[str,
         raise ValueError(f"--data: {str(file)!r} has two columns of the same name")
     for where, row in rows:
         if None in row or None in row.values():
-            raise ValueError(f"--data: {where}: it has not as many cells as the header")
+            raise ValueError(f"--data: {where}: its number of cells differs from the header's")
     return rows
 
 
 def allowed(where: str, column: str, value: str, names: Mapping[str, Any]) -> Any:
-    """What a cell stands for.
+    """Return the value that a cell stands for.
+
+    Args:
+        where: File and line of the cell, for errors.
+        column: Name of its column.
+        value: Its text.
+        names: The allowed texts, and the value of each.
 
     Raises:
-        ValueError: if it is none of the names.
+        ValueError: If the text is not allowed.
     """
     if value not in names:
         raise ValueError(f"--data: {where}: {column} must be one of {', '.join(names)}, but got {value!r}")
@@ -227,24 +238,36 @@ def allowed(where: str, column: str, value: str, names: Mapping[str, Any]) -> An
 
 
 def hashed_split(name: str) -> str:
-    """A split for a file of a data set without any: a tenth each for validation and test, always the same ones."""
+    """Return the split of a file in a data set without splits: a tenth each for validation and test, by its hash."""
     digit = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
     return "test" if digit == 0 else "validation" if digit == 1 else "train"
 
 
 class LabelledFolder(LabelledFaces):
-    """Any pictures, with a CSV file: columns `file`, optionally `split`, and one for each head.
+    """Any images, with a CSV file: columns `file`, optionally `split`, and one for each head.
 
-    An empty cell is a label that is not known. Without `split` (train, validation or test), a tenth each is held out
-    for validation and test.
+    An empty cell is an unknown label. Without `split` (train, validation or test), a tenth each is held out for
+    validation and test.
 
     Args:
-        folder: to which the files are relative.
-        labels: the CSV file, relative to the folder.
-        batch_size: pictures of a batch, on each GPU.
-        workers: processes that read pictures.
-        columns: the columns that are heads; all others but `file` and `split` by default.
-        classes: the order of a head's classes where it should not be alphabetical.
+        folder: The folder to which the files are relative.
+        labels: The CSV file, relative to the folder.
+        batch_size: Images per batch, on each GPU.
+        workers: Processes that read images.
+        columns: The columns that are heads; by default all columns except `file` and `split`.
+        classes: The order of a head's classes where it should not be alphabetical.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> folder = Path(mkdtemp())
+        >>> rows = ["file,split,glasses", "a.png,train,no", "b.png,train,yes", "c.png,validation,no"]
+        >>> _ = (folder / "labels.csv").write_text(chr(10).join(rows))
+        >>> for name in ("a.png", "b.png", "c.png"):
+        ...     Image.new("RGB", (32, 32)).save(folder / name)
+        >>> data = LabelledFolder(str(folder))
+        >>> data.read()
+        >>> data.heads
+        {'glasses': ('no', 'yes')}
     """
 
     def __init__(
@@ -272,12 +295,12 @@ class LabelledFolder(LabelledFaces):
             heads = self.columns or [column for column in row if column not in ("file", "split")]
             rows.append((split, self.folder / name, {head: row[head] or None for head in heads}))
         if not any(name for _, _, labels in rows for name in labels.values()):
-            raise ValueError(f"--data: {str(file)!r} has no labels: give one column for each head beside `file`")
+            raise ValueError(f"--data: {str(file)!r} has no labels: add one column for each head beside `file`")
         return rows
 
     @override
-    def order(self, head: str, found: set[str]) -> tuple[str, ...]:
-        given = tuple(self.classes.get(head, sorted(found)))
-        if set(given) != found:
-            raise ValueError(f"--data: `classes` of {head} must be {sorted(found)} in any order, but got {list(given)}")
+    def order(self, head: str, names: set[str]) -> tuple[str, ...]:
+        given = tuple(self.classes.get(head, sorted(names)))
+        if set(given) != names:
+            raise ValueError(f"--data: `classes` of {head} must be {sorted(names)} in any order, but got {list(given)}")
         return given

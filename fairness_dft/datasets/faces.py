@@ -1,4 +1,4 @@
-"""Data sets of labelled faces, in the layouts in which they are distributed.
+"""Data sets of labeled faces, in the layouts in which they are distributed.
 
 References:
     FairFace (Kärkkäinen and Joo, 2021), https://arxiv.org/abs/1908.04913, https://github.com/joojs/fairface
@@ -36,11 +36,18 @@ class FairFace(LabelledFaces):
     Its validation split serves as the test split; a tenth of its training split is held out for validation.
 
     Args:
-        folder: where it lies.
-        batch_size: pictures of a batch, on each GPU.
-        workers: processes that read pictures.
-        four_races: the paper's four groups instead of its seven.
-        old_from: the age in years, a multiple of ten, from which on a face counts as old.
+        folder: Folder of the data set.
+        batch_size: Images per batch, on each GPU.
+        workers: Processes that read images.
+        four_races: Whether to use the paper's four groups instead of FairFace's seven.
+        old_from: The age in years, a multiple of ten, from which a face counts as old.
+
+    Example:
+        >>> data = FairFace("fairface", old_from=50)  # reads nothing
+        >>> data.read()
+        Traceback (most recent call last):
+        ...
+        ValueError: --data: there is no folder 'fairface'
     """
 
     def __init__(
@@ -48,7 +55,7 @@ class FairFace(LabelledFaces):
     ) -> None:
         super().__init__(folder, batch_size, workers)
         if old_from % 10 or not 0 < old_from <= 70:
-            raise ValueError(f"`old_from` must be a multiple of 10 up to 70, as FairFace has it, but got {old_from}")
+            raise ValueError(f"`old_from` must be a multiple of 10 up to 70, as in FairFace, but got {old_from}")
         self.four_races, self.old_from = four_races, old_from
 
     @override
@@ -73,13 +80,20 @@ class FairFace(LabelledFaces):
 class CelebA(LabelledFaces):
     """CelebA: list_attr_celeba, list_eval_partition (.txt, or .csv as on Kaggle) and the folder img_align_celeba.
 
-    Each is looked for in the folder itself and where the archives have them: Anno/, Eval/, Img/.
+    Each may be in the folder itself or in the subfolder of the original archives: Anno/, Eval/, Img/.
 
     Args:
-        folder: where it lies.
-        batch_size: pictures of a batch, on each GPU.
-        workers: processes that read pictures.
-        attributes: for each head the attribute of CelebA, with the names of the class that has it and of the other.
+        folder: Folder of the data set.
+        batch_size: Images per batch, on each GPU.
+        workers: Processes that read images.
+        attributes: For each head the attribute of CelebA, the name of the class with it and of the class without it.
+
+    Example:
+        >>> data = CelebA("celeba", attributes={"smile": ("Smiling", "smiling", "serious")})  # reads nothing
+        >>> data.read()
+        Traceback (most recent call last):
+        ...
+        ValueError: --data: there is no folder 'celeba'
     """
 
     def __init__(
@@ -109,7 +123,7 @@ class CelebA(LabelledFaces):
         rows = []
         for where, (file, *values) in attributes:
             if len(values) != len(header):
-                raise ValueError(f"--data: {where}: it has not as many cells as the header")
+                raise ValueError(f"--data: {where}: its number of cells differs from the header's")
             labels = {
                 head: yes if allowed(where, name, values[columns[head]], {"1": True, "-1": False, "0": False}) else no
                 for head, (name, yes, no) in self.attributes.items()
@@ -118,18 +132,18 @@ class CelebA(LabelledFaces):
         return rows
 
     def there(self, *paths: str) -> Path:
-        """The first of some paths that is there.
+        """Return the first of some paths that exists.
 
         Raises:
-            ValueError: if none is.
+            ValueError: If none exists.
         """
-        found = [path for path in paths if (self.folder / path).exists()]
-        if not found:
-            raise ValueError(f"--data: {str(self.folder)!r} holds no CelebA: there must be {' or '.join(paths)}")
-        return self.folder / found[0]
+        existing = [path for path in paths if (self.folder / path).exists()]
+        if not existing:
+            raise ValueError(f"--data: {str(self.folder)!r} is not CelebA: it must contain {' or '.join(paths)}")
+        return self.folder / existing[0]
 
     def lines(self, name: str, archive: str) -> Iterator[tuple[str, list[str]]]:
-        """The cells of each line of a text or CSV file and where it is; of a list with a header, first the header."""
+        """Yield file, line number and cells of each line of a text or CSV file, with the header of a list first."""
         file = self.there(f"{name}.txt", f"{name}.csv", f"{archive}/{name}.txt")
         is_csv = file.suffix == ".csv"
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
@@ -147,10 +161,17 @@ class UTKFace(LabelledFaces):
     A tenth each is held out for validation and test.
 
     Args:
-        folder: where the pictures lie.
-        batch_size: pictures of a batch, on each GPU.
-        workers: processes that read pictures.
-        old_from: the age in years from which on a face counts as old.
+        folder: Folder of the images.
+        batch_size: Images per batch, on each GPU.
+        workers: Processes that read images.
+        old_from: The age in years from which a face counts as old.
+
+    Example:
+        >>> data = UTKFace("utkface", old_from=45)  # reads nothing
+        >>> data.read()
+        Traceback (most recent call last):
+        ...
+        ValueError: --data: there is no folder 'utkface'
     """
 
     def __init__(self, folder: str, batch_size: int = 64, workers: int = 4, old_from: int = 40) -> None:
@@ -175,6 +196,6 @@ class UTKFace(LabelledFaces):
             rows.append((hashed_split(file.name), file, labels))
         if not rows:
             raise ValueError(
-                f"--data: {str(self.folder)!r} holds no files such as 25_0_2_20170116174525125.jpg.chip.jpg"
+                f"--data: {str(self.folder)!r} contains no files such as 25_0_2_20170116174525125.jpg.chip.jpg"
             )
         return rows

@@ -18,16 +18,16 @@ ALIGNED_LANDMARKS = (
 
 
 def square_crops(images: Tensor, boxes: Tensor, size: int, margin: float = 0.5) -> Tensor:
-    """Square crops about boxes, differentiable in the images; beyond its edge an image goes on as at the edge.
+    """Return square crops around boxes, differentiable in the images; edge pixels repeat beyond the edge of an image.
 
-    Where a crop is scaled down, it is first sampled more finely and then averaged, so that every pixel of the face
-    counts and gets its gradient.
+    A crop that is scaled down is first sampled more finely and then averaged, so that every pixel of the face counts
+    and gets its gradient.
 
     Args:
-        images: with shape (N, 3, H, W).
-        boxes: left, top, right, bottom in pixels, with shape (N, 4); on the CPU no GPU is waited for.
-        size: side of the crops in pixels.
-        margin: the crop's side is (1 + margin) times the longer side of the box.
+        images: Images with shape (N, 3, H, W).
+        boxes: Left, top, right, bottom in pixels, with shape (N, 4); best on the CPU, which avoids waiting for a GPU.
+        size: Side of the crops in pixels.
+        margin: The crop's side is (1 + margin) times the longer side of the box.
 
     Returns:
         Crops, with shape (N, 3, size, size).
@@ -45,12 +45,12 @@ def square_crops(images: Tensor, boxes: Tensor, size: int, margin: float = 0.5) 
 
 
 def aligned_faces(images: Tensor, landmarks: Tensor, size: int = ALIGNED_SIZE) -> Tensor:
-    """Aligned faces as insightface makes them, differentiable in the images; black beyond an image's edge.
+    """Return aligned faces as insightface computes them, differentiable in the images; black beyond the edge.
 
     Args:
-        images: with shape (N, 3, H, W).
-        landmarks: of the face in each, in pixels, with shape (N, 5, 2).
-        size: side of the aligned faces in pixels; of multiples of 128 insightface leaves more beside the face.
+        images: Images with shape (N, 3, H, W).
+        landmarks: Landmarks of the face in each, in pixels, with shape (N, 5, 2).
+        size: Side of the aligned faces in pixels; for multiples of 128 insightface leaves more room beside the face.
 
     Returns:
         Faces, with shape (N, 3, size, size).
@@ -64,17 +64,17 @@ def aligned_faces(images: Tensor, landmarks: Tensor, size: int = ALIGNED_SIZE) -
 
 
 def similarity_transforms(points: Tensor, places: Tensor) -> Tensor:
-    """The similarities that move points as near as possible to their places, in the least-squares sense.
+    """Return the similarity transforms that map points to their places best, in the least-squares sense.
 
-    With points and places as complex numbers z and w about their means, w ≈ a z has the solution
+    With points and places as complex numbers z and w relative to their means, w ≈ a z has the solution
     a = Σ conj(z) w / Σ |z|².
 
     Args:
-        points: with shape (N, M, 2).
-        places: with shape (M, 2).
+        points: Points with shape (N, M, 2).
+        places: Target points with shape (M, 2).
 
     Returns:
-        For each a matrix [[Re a, -Im a, x], [Im a, Re a, y]], with shape (N, 2, 3).
+        Matrices [[Re a, -Im a, x], [Im a, Re a, y]], with shape (N, 2, 3).
     """
     z, w = points - points.mean(1, keepdim=True), places - places.mean(0)
     norm = z.square().sum((1, 2))
@@ -88,7 +88,7 @@ def similarity_transforms(points: Tensor, places: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, transforms: Tensor, size: int, padding: str) -> Tensor:
-    """Images moved by affine transforms of pixel coordinates, with shape (N, 3, size, size).
+    """Return images moved by affine transforms of pixel coordinates, with shape (N, 3, size, size).
 
     Coordinates are too coarse in half precision, so it computes in single precision or more.
     """

@@ -1,10 +1,10 @@
-"""Cross-attention of images that share a prompt: its keys and values are computed once.
+"""Cross-attention of images that share a prompt, which computes the prompt's keys and values once.
 
     Attention(Q, K, V) = softmax(Q Kᵀ / √d) V,    Q = W_Q z,    K = W_K c,    V = W_V c.
 
-c is of the prompt, not of the image: where several images of a batch have one prompt, K and V are the same, and so is
-what is known of them on the way back. How much that saves depends on how long prompts are beside images: of Stable
-Diffusion's U-Net it is 5 % of all operations at 128 px, less than 1 % at 512 px.
+c depends on the prompt, not on the image: if several images of a batch share a prompt, K and V are the same, forward
+and backward. The saving depends on the length of prompts relative to images: in Stable Diffusion's U-Net it is 5 % of
+all operations at 128 px, and less than 1 % at 512 px.
 
 In the code z is `hidden_states` and c `encoder_hidden_states`, as in diffusers.
 
@@ -22,11 +22,11 @@ from torch.nn.functional import scaled_dot_product_attention
 class SharedKeys:
     """Attention processor of diffusers for the cross-attentions of a U-Net.
 
-    It is diffusers' own `AttnProcessor2_0` with as many rows of keys and values as there are prompts.
+    It is diffusers' own `AttnProcessor2_0`, with one row of keys and values for each prompt.
     """
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
-        """Attends to the prompts.
+        """Attend to the prompts.
 
         Args:
             attn: The attention layer, with heads and projections.
@@ -35,20 +35,20 @@ class SharedKeys:
                 the first one, and so on.
 
         Returns:
-            What is added to the features, with shape (B, h w, C).
+            The update of the features, with shape (B, h w, C).
         """
         images = len(hidden_states) // len(encoder_hidden_states)
         query = attn.to_q(hidden_states)
-        key, value = (of(encoder_hidden_states).repeat_interleave(images, 0) for of in (attn.to_k, attn.to_v))
+        key, value = (project(encoder_hidden_states).repeat_interleave(images, 0) for project in (attn.to_k, attn.to_v))
         by_head = (rows.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for rows in (query, key, value))
-        found = scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
+        features: Tensor = scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2)
         for layer in attn.to_out:  # projection and dropout
-            found = layer(found)
-        return found
+            features = layer(features)
+        return features
 
 
 def share_keys(unet: nn.Module) -> None:
-    """Lets the images of a batch share prompts.
+    """Let the images of a batch share prompts.
 
     Args:
         unet: A `UNet2DConditionModel`, whose `encoder_hidden_states` may then have P rows where P divides its batch.

@@ -1,9 +1,9 @@
-"""Layers of a frozen network that keep less for the backward pass than PyTorch's, and compute the same.
+"""Layers of a frozen network that save less for the backward pass than PyTorch's, and compute the same.
 
-A convolution y = W ∗ x + b needs x in its backward pass for the gradient of W alone, but PyTorch keeps x even where W
-is frozen. Of a normalisation that SiLU follows, y = silu(norm(x)), it keeps x and norm(x), of which x suffices: norm(x)
-is computed again, but within `keeping_activations`. Of the decoder's activations, which are at full resolution, this
-leaves less than a third. Convolutions have first derivatives only.
+A convolution y = W ∗ x + b needs x in its backward pass only for the gradient of W, but PyTorch saves x even if W is
+frozen. For a normalization followed by SiLU, y = silu(norm(x)), it saves x and norm(x), although x is enough: these
+layers recompute norm(x), except within `keeping_activations`. This saves more than two thirds of the decoder's
+activations, which have full resolution. The convolutions have first derivatives only.
 
 In the code x is `inputs`.
 
@@ -27,7 +27,7 @@ from typing_extensions import override
 
 
 class FrozenConv2d(nn.Conv2d):
-    """A convolution that does not keep its inputs where its weight is frozen."""
+    """A convolution that does not save its inputs for the backward pass if its weight is frozen."""
 
     @override
     def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,7 +57,7 @@ _KEEPING: ContextVar[bool] = ContextVar("keeping", default=False)
 
 @contextmanager
 def keeping_activations() -> Iterator[None]:
-    """Within, layers keep whatever saves them a computation in the backward pass; it counts where they are called."""
+    """Let layers called in this context save activations instead of recomputing them in the backward pass."""
     token = _KEEPING.set(True)
     try:
         yield
@@ -66,22 +66,22 @@ def keeping_activations() -> Iterator[None]:
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """A group normalisation and SiLU, of which only the inputs are kept."""
+    """A group normalization with SiLU, which saves only its inputs for the backward pass."""
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
-        """Computes silu(norm(x)), of x with shape (B, C, ...)."""
+        """Return silu(norm(x)), for x with shape (B, C, ...)."""
         if _KEEPING.get() or not (torch.is_grad_enabled() and inputs.requires_grad):
             return self.both(inputs)
         return checkpoint(self.both, inputs, use_reentrant=False, preserve_rng_state=False)
 
     def both(self, inputs: Tensor) -> Tensor:
-        """Computes the same, and keeps norm(x) too."""
+        """Return the same, and save norm(x) too."""
         return silu(super().forward(inputs))
 
 
 def forget_inputs(network: nn.Module) -> None:
-    """Replaces the convolutions of a network by those that do not keep their inputs where they are frozen.
+    """Replace the convolutions of a network by `FrozenConv2d`, in place.
 
     Args:
         network: Any network.
@@ -92,17 +92,17 @@ def forget_inputs(network: nn.Module) -> None:
 
 
 def join_activations(vae: nn.Module) -> None:
-    """Joins normalisations with the activations that follow them; parameters keep their names.
+    """Join normalizations with the activations that follow them, in place; parameters keep their names.
 
     Args:
-        vae: An `AutoencoderKL`; with another activation than SiLU, or another normalisation, it stays as it is.
+        vae: An `AutoencoderKL`; blocks with another activation or normalization stay unchanged.
     """
     from diffusers.models.resnet import ResnetBlock2D
 
     blocks = [module for module in vae.modules() if isinstance(module, ResnetBlock2D)]
-    found = [(block, "nonlinearity", [block.norm1, block.norm2]) for block in blocks]
-    found += [(part, "conv_act", [part.conv_norm_out]) for part in (vae.encoder, vae.decoder)]
-    for module, activation, norms in found:
+    pairs = [(block, "nonlinearity", [block.norm1, block.norm2]) for block in blocks]
+    pairs += [(part, "conv_act", [part.conv_norm_out]) for part in (vae.encoder, vae.decoder)]
+    for module, activation, norms in pairs:
         if type(getattr(module, activation)) is nn.SiLU and {type(norm) for norm in norms} == {nn.GroupNorm}:
             setattr(module, activation, nn.Identity())
             for norm in norms:
@@ -110,6 +110,6 @@ def join_activations(vae: nn.Module) -> None:
 
 
 def _frozen(inputs: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether the backward pass leads to the inputs alone."""
+    """Return whether only the inputs need a gradient."""
     learned = any(parameter is not None and parameter.requires_grad for parameter in parameters)
     return torch.is_grad_enabled() and inputs.requires_grad and not learned

@@ -1,7 +1,7 @@
 """A convolutional network from an ONNX file, as differentiable PyTorch.
 
-onnxruntime gives no gradients; the face networks that everybody uses come as ONNX files. What these consist of is a
-handful of operators, each of which PyTorch has under another name.
+onnxruntime gives no gradients, but the common face networks come as ONNX files. They consist of a handful of operators,
+each of which PyTorch has under another name.
 
 References:
     Open Neural Network Exchange, operator schemas, https://onnx.ai/onnx/operators/
@@ -22,14 +22,14 @@ class OnnxNetwork(nn.Module):
     """The network of an ONNX file with one input and one output, frozen and in evaluation mode.
 
     Args:
-        file: the ONNX file.
+        file: The ONNX file.
 
     Raises:
-        ValueError: if it is none, or has operators or attributes that are not known here.
+        ValueError: If it is not one, or has unsupported operators or attributes.
 
     Attributes:
-        input_shape: of the input, with 0 for each dimension that may vary.
-        first_names: names of the first nodes, by which exporters tell how pixels are prepared.
+        input_shape: Shape of the input, with 0 for each dimension that may vary.
+        first_names: Names of the first nodes, which show whether the network normalizes its pixels.
     """
 
     def __init__(self, file: str | Path) -> None:
@@ -39,7 +39,7 @@ class OnnxNetwork(nn.Module):
         try:
             model = onnx.load(str(file))
         except Exception as error:  # of protobuf, or of the file system
-            raise ValueError(f"{str(file)!r} is no ONNX file") from error
+            raise ValueError(f"{str(file)!r} is not an ONNX file") from error
         graph = model.graph
         constants = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
         inputs = [value for value in graph.input if value.name not in constants]
@@ -54,9 +54,10 @@ class OnnxNetwork(nn.Module):
                 constants[node.output[0]] = onnx.numpy_helper.to_array(value) if is_tensor else np.asarray(value)
             else:
                 self._nodes.append((node.op_type, list(node.input), node.output[0], attributes))
-        if odd := sorted({what for operator, *_, attributes in self._nodes for what in unknown(operator, attributes)}):
-            raise ValueError(f"{str(file)!r} has what is not known here: {', '.join(odd)}")
-        # Parameters, which unlike buffers DDP does not send round in every step; shapes stay numbers.
+        parts = {part for operator, *_, attributes in self._nodes for part in unsupported(operator, attributes)}
+        if parts:
+            raise ValueError(f"{str(file)!r} has unsupported operators: {', '.join(sorted(parts))}")
+        # Parameters, since DDP broadcasts buffers in every step; shapes stay numbers.
         self._weights = nn.ParameterList()
         self._constants: dict[str, Any] = {}
         for name, values in constants.items():
@@ -78,7 +79,7 @@ class OnnxNetwork(nn.Module):
             values[output] = OPERATORS[operator](attributes, *given)
             for name in names:
                 if self._last[name] == i and name != self._output:
-                    values.pop(name, None)  # nobody reads it again
+                    values.pop(name, None)  # no later node reads it
         return values[self._output]
 
     def _value(self, values: dict[str, Tensor], name: str) -> Tensor | list[int]:
@@ -88,8 +89,8 @@ class OnnxNetwork(nn.Module):
         return self._weights[constant] if isinstance(constant, int) else constant
 
 
-def unknown(operator: str, attributes: dict[str, Any]) -> list[str]:
-    """What of a node is not known here: the operator, or attributes that would change what it does."""
+def unsupported(operator: str, attributes: dict[str, Any]) -> list[str]:
+    """Return what this module does not support in a node: the operator, or attributes that would change its result."""
     if operator not in OPERATORS:
         return [operator]
     known = ATTRIBUTES.get(operator, ())
@@ -101,7 +102,7 @@ def unknown(operator: str, attributes: dict[str, Any]) -> list[str]:
 
 
 def _padded(attributes: dict[str, Any], x: Tensor, value: float = 0.0) -> Tensor:
-    """The input with the zeros, or other values, that an operator's `pads` (top, left, bottom, right) ask for."""
+    """Return the input padded by an operator's `pads` (top, left, bottom, right)."""
     top, left, bottom, right = attributes.get("pads", (0, 0, 0, 0))
     return F.pad(x, (left, right, top, bottom), value=value) if top or left or bottom or right else x
 
@@ -154,7 +155,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Transpose": lambda attributes, x: x.permute(tuple(attributes["perm"])),
 }
 
-# The attributes that each operator obeys; momentum, ratio and seed change nothing outside of training.
+# The attributes that each operator supports; momentum, ratio and seed have no effect outside of training.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "Conv": ("kernel_shape", "pads", "strides", "dilations", "group"),
     "Flatten": ("axis",),

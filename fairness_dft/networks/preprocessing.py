@@ -1,4 +1,4 @@
-"""From a decoded image to what a frozen network reads: resize and normalise, differentiably.
+"""From a decoded image to the input of a frozen network: resize and normalize, differentiably.
 
 The numbers come from the network's own preprocessor_config.json, as Hugging Face writes it.
 """
@@ -14,13 +14,13 @@ BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as Hugging Face writes it
 
 
 class Preprocessing(nn.Module):
-    """Resize to the network's input size and normalise by its mean and standard deviation.
+    """Resize to the network's input size and normalize by its mean and standard deviation.
 
     Args:
-        size: height and width of the network's input, in pixels.
-        mean: of each channel, for images in [0, 1].
-        deviation: standard deviation of each channel.
-        mode: how to interpolate, bilinear or bicubic.
+        size: Height and width of the network's input, in pixels.
+        mean: Mean of each channel, for images in [0, 1].
+        deviation: Standard deviation of each channel.
+        mode: Interpolation, bilinear or bicubic.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Preprocessing(nn.Module):
         """Read a preprocessor_config.json.
 
         Raises:
-            ValueError: if the file is no JSON, or lacks a size, a mean or a standard deviation.
+            ValueError: If the file is not JSON, or lacks a size, a mean or a standard deviation.
         """
         try:
             config = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -51,14 +51,14 @@ class Preprocessing(nn.Module):
                 return cls(size, [0.0] * 3, [1.0] * 3, mode)
             return cls(size, config["image_mean"], config["image_std"], mode)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is no valid JSON: {error}") from None
+            raise ValueError(f"{file} is not valid JSON: {error}") from None
         except AttributeError:
-            raise ValueError(f"{file} holds no JSON object") from None
+            raise ValueError(f"{file} does not contain a JSON object") from None
         except KeyError as missing:
-            raise ValueError(f"{file} lacks {missing}, which says how images are prepared for the network") from None
+            raise ValueError(f"{file} lacks {missing}, which the preprocessing of images needs") from None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images with shape (N, 3, H, W), in [0, 1], to network input with shape (N, 3, h, w)."""
+        """Map images with shape (N, 3, H, W), in [0, 1], to network input with shape (N, 3, h, w)."""
         if images.shape[-2:] != self.size:
             images = interpolate(images, self.size, mode=self.mode, antialias=True, align_corners=False)
         return (images - self.mean) / self.deviation

@@ -24,7 +24,7 @@ def judges(folder: Path) -> dict[str, Judge]:
     """The judge that finetuning learns from, "training", and the one that only evaluates, "independent".
 
     Args:
-        folder: where detector and classifiers lie.
+        folder: Where detector and classifiers lie.
     """
     crops = DetectedFaces([InsightFace(str(folder / SCRFD_FOLDER), size=(SIZE, SIZE))], MARGIN, CROP)
     evaluation = str(folder / "classifier_evaluation")
@@ -39,8 +39,8 @@ def base_bias(folder: Path, images_per_prompt: int = 48) -> dict:
     """Bias of each attribute by both judges, as `BiasSummary.as_dict` gives it.
 
     Args:
-        folder: where pipeline, detector and classifiers lie.
-        images_per_prompt: how many images of each of the 50 test occupations.
+        folder: Where pipeline, detector and classifiers lie.
+        images_per_prompt: How many images of each of the 50 test occupations.
     """
     generator = StableDiffusion(str(folder / "pipeline"))
     generator.load()

@@ -81,10 +81,10 @@ def write_pictures(folder: Path, which: str, autoencoder: AutoencoderKL, counts:
     """A folder of pictures with a labels.csv, for `fairness_dft.datasets.LabelledFolder`.
 
     Args:
-        folder: to write to.
-        which: the classifier, "training" or "evaluation".
-        autoencoder: of the miniature.
-        counts: how many portraits to draw for each split.
+        folder: To write to.
+        which: The classifier, "training" or "evaluation".
+        autoencoder: Of the miniature.
+        counts: How many portraits to draw for each split.
     """
     heads, rows = HEADS[which], []
     for number, split in enumerate(SPLITS):

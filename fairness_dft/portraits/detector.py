@@ -36,9 +36,9 @@ class FacePictures:
 
     Attributes:
         pictures: uint8, with shape (N, 3, 64, 64).
-        present: whether a face is seen, bool with shape (N,).
-        boxes: left, top, right, bottom in pixels, with shape (N, 4); zeros without a face.
-        landmarks: in pixels, with shape (N, 5, 2); zeros without a face.
+        present: Whether a face is seen, bool with shape (N,).
+        boxes: Left, top, right, bottom in pixels, with shape (N, 4); zeros without a face.
+        landmarks: In pixels, with shape (N, 5, 2); zeros without a face.
     """
 
     pictures: Tensor
@@ -107,10 +107,10 @@ def detector_loss(found: list[Tensor], present: Tensor, boxes: Tensor, landmarks
     """Cross-entropy of the cells, and distances of boxes and landmarks where there is a face.
 
     Args:
-        found: what `Detector` predicts for B pictures.
-        present: whether they show a face, bool with shape (B,).
-        boxes: their faces, in pixels, with shape (B, 4).
-        landmarks: likewise, with shape (B, 5, 2).
+        found: What `Detector` predicts for B pictures.
+        present: Whether they show a face, bool with shape (B,).
+        boxes: Their faces, in pixels, with shape (B, 4).
+        landmarks: Likewise, with shape (B, 5, 2).
     """
     centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(min=1)
     logits, faces, distances = [], [], []
@@ -227,9 +227,9 @@ def detection_figures(detector: FaceDetector, truth: FacePictures, images: Tenso
     """Recall, precision (a face is found where the boxes' intersection is half of their union) and landmark error.
 
     Args:
-        detector: loaded.
-        truth: where the faces are.
-        images: the same pictures, or others of the same faces, with shape (N, 3, 64, 64), in [0, 1].
+        detector: Loaded.
+        truth: Where the faces are.
+        images: The same pictures, or others of the same faces, with shape (N, 3, 64, 64), in [0, 1].
 
     Returns:
         `recall` and `precision` in [0, 1], and `landmark_error`, the mean distance of the landmarks of found faces in

@@ -85,7 +85,7 @@ class Drawing:
 
     Attributes:
         picture: uint8, with shape (64, 64, 3).
-        box: left, top, right, bottom of the face in pixels, with shape (4,); None if no face is seen.
+        box: Left, top, right, bottom of the face in pixels, with shape (4,); None if no face is seen.
         landmarks: x and y of left and right eye, nose, left and right corner of the mouth, as seen in the picture, with
             shape (5, 2); None if no face is seen.
     """
@@ -99,9 +99,9 @@ def draw(appearance: Appearance, random: Generator, anywhere: bool = False) -> D
     """Draw one portrait; place, size, colours and details are jittered by `random`.
 
     Args:
-        appearance: who and what is drawn.
-        random: the source of all jitter; the same state gives the same picture.
-        anywhere: the face is at any place and size, from a third of the frame's height, instead of near one of
+        appearance: Who and what is drawn.
+        random: The source of all jitter; the same state gives the same picture.
+        anywhere: The face is at any place and size, from a third of the frame's height, instead of near one of
             `PLACES`.
     """
     canvas = Image.new("RGB", (SIZE * OVERSAMPLING,) * 2)

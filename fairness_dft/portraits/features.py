@@ -21,8 +21,8 @@ def augment(images: Tensor, noise: float = 0.03) -> Tensor:
     """Images in [0, 1] to network input in [-1, 1], with jittered brightness, shift by up to 2 px, and noise.
 
     Args:
-        images: with shape (n, 3, 64, 64).
-        noise: the largest standard deviation of the noise.
+        images: With shape (n, 3, 64, 64).
+        noise: The largest standard deviation of the noise.
     """
     n = len(images)
     dx, dy = torch.randint(-2, 3, (2,)).tolist()

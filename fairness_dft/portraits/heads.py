@@ -39,9 +39,9 @@ def head_losses(logits: Tensor, labels: dict[str, Tensor], heads: Heads) -> Tens
     """Sum of the heads' cross-entropies; what only a face tells counts only where there is one.
 
     Args:
-        logits: with shape (n, classes of all heads).
-        labels: for each head the true classes, with shape (n,).
-        heads: the heads, in the order of the logits.
+        logits: With shape (n, classes of all heads).
+        labels: For each head the true classes, with shape (n,).
+        heads: The heads, in the order of the logits.
     """
     total = logits.new_zeros(())
     for head, where in columns(heads).items():

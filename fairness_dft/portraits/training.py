@@ -26,9 +26,9 @@ class Portraits:
     Attributes:
         pictures: uint8, with shape (N, 3, 64, 64).
         captions: N captions.
-        labels: for each of gender, race, age, face, subject and the parts of its look (`LOOK`) the class index,
+        labels: For each of gender, race, age, face, subject and the parts of its look (`LOOK`) the class index,
             int64 with shape (N,).
-        boxes: left, top, right, bottom of the face in pixels, with shape (N, 4); zeros where no face is seen.
+        boxes: Left, top, right, bottom of the face in pixels, with shape (N, 4); zeros where no face is seen.
     """
 
     pictures: Tensor
@@ -81,14 +81,14 @@ def optimise(
     """Minimise `loss(step)` over the modules' parameters by AdamW with warm-up and cosine decay.
 
     Args:
-        name: shown beside the progress bar.
-        modules: what is trained; left in evaluation mode.
+        name: Shown beside the progress bar.
+        modules: What is trained; left in evaluation mode.
         loss: a scalar loss for a step; draws its own batch from torch's global generator.
-        steps: number of optimizer steps.
-        learning_rate: the peak, reached after 3 % of the steps.
-        seed: seeds torch's global generator.
-        weight_decay: of AdamW.
-        average: decay of an exponential moving average of the weights, which replaces them at the end; 0 for none.
+        steps: Number of optimizer steps.
+        learning_rate: The peak, reached after 3 % of the steps.
+        seed: Seeds torch's global generator.
+        weight_decay: Of AdamW.
+        average: Decay of an exponential moving average of the weights, which replaces them at the end; 0 for none.
 
     Returns:
         Seconds taken.

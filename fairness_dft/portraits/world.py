@@ -32,13 +32,13 @@ class Subject:
     """What a prompt of the drawn world asks for.
 
     Attributes:
-        name: as it stands in a prompt.
+        name: As it stands in a prompt.
         concept: "occupation", "sport" or "descriptor".
-        family: the family whose clothes it wears.
-        look: its background, clothes and headwear; no other subject has the same.
-        woman: probability of being drawn as a woman, in [0, 1].
-        skin: probability of each skin tone (light, tan, brown, dark); sums to one.
-        old: probability of being drawn old, in [0, 1].
+        family: The family whose clothes it wears.
+        look: Its background, clothes and headwear; no other subject has the same.
+        woman: Probability of being drawn as a woman, in [0, 1].
+        skin: Probability of each skin tone (light, tan, brown, dark); sums to one.
+        old: Probability of being drawn old, in [0, 1].
     """
 
     name: str
@@ -95,8 +95,8 @@ def sample(random: Generator, balanced: bool = False) -> Portrait:
     """Draw a portrait and its caption from the world.
 
     Args:
-        random: the source of randomness.
-        balanced: all attributes uniform and independent of the subject, views more varied; for training
+        random: The source of randomness.
+        balanced: All attributes uniform and independent of the subject, views more varied; for training
             classifiers that must not guess an attribute from a subject.
     """
     index = int(random.integers(len(subjects())))

@@ -349,12 +349,14 @@ def test_preprocessing_passes_gradients_and_holds_no_state(tmp_path: Path) -> No
 def test_a_missing_key_is_one_clear_line(tmp_path: Path, key: str) -> None:
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps({name: value for name, value in PREPROCESSOR.items() if name != key}))
-    with pytest.raises(ValueError, match=f"preprocessor_config.json lacks '{key}', which says how images"):
+    with pytest.raises(
+        ValueError, match=f"preprocessor_config.json lacks '{key}', which the preprocessing of images needs"
+    ):
         Preprocessing.from_file(file)
 
 
 def test_preprocessing_that_is_no_json_is_one_clear_line(tmp_path: Path) -> None:
     file = tmp_path / "preprocessor_config.json"
     file.write_text("{")
-    with pytest.raises(ValueError, match="preprocessor_config.json is no valid JSON: "):
+    with pytest.raises(ValueError, match="preprocessor_config.json is not valid JSON: "):
         Preprocessing.from_file(file)

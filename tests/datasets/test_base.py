@@ -115,7 +115,7 @@ def test_celeba_where_others_have_it(celeba: Path, tmp_path_factory: pytest.Temp
     ("file", "old", "new", "message"),
     [
         ("list_attr_celeba.txt", "000002.jpg -1", "000002.jpg x", "line 4: Male must be one of 1, -1, 0, but got 'x'"),
-        ("list_attr_celeba.txt", "000002.jpg -1 1 -1", "000002.jpg -1 1", "line 4: it has not as many cells"),
+        ("list_attr_celeba.txt", "000002.jpg -1 1 -1", "000002.jpg -1 1", "line 4: its number of cells differs"),
         ("list_attr_celeba.txt", "000002.jpg", "000009.jpg", "line 4: file must be one of"),
         (
             "list_eval_partition.txt",
@@ -196,21 +196,24 @@ def test_folder_with_a_table(tmp_path: Path) -> None:
             "file,split,gender\n0.png,train,a\n1.png,train,a\n2.png,validation,a\n",
             "gender must have two classes or more",
         ),
-        ("file,split,gender\n0.png,train,a\n1.png,train,b\n", "has no pictures for the split validation"),
+        ("file,split,gender\n0.png,train,a\n1.png,train,b\n", "has no images for the split validation"),
         (
             "file,split,gender\n9.png,train,a\n1.png,validation,b\n",
-            "1 of 2 pictures that the labels name are not there, such as .*9.png",
+            "1 of 2 images that the labels name do not exist, such as .*9.png",
         ),
-        ("file,split\n0.png,train\n1.png,validation\n", "has no labels: give one column for each head"),
-        ("file,split,gender\n0.png,train\n", "line 2: it has not as many cells as the header"),
-        ("file,split,gender\n0.png,train,a,b\n", "line 2: it has not as many cells as the header"),
-        ("file,gender,split\n0.png,a\n", "line 2: it has not as many cells as the header"),
+        ("file,split\n0.png,train\n1.png,validation\n", "has no labels: add one column for each head"),
+        ("file,split,gender\n0.png,train\n", "line 2: its number of cells differs from"),
+        ("file,split,gender\n0.png,train,a,b\n", "line 2: its number of cells differs from"),
+        ("file,gender,split\n0.png,a\n", "line 2: its number of cells differs from"),
         ("file,gender,gender\n0.png,a,b\n", "two columns of the same name"),
         ("", "lacks the column 'file'; it has none"),
         ("file,split,gender\n,train,a\n", "line 2: file must be given, and in one split, but got ''"),
         ("file,split,gender\n0.png,train,a\n0.png,test,a\n", "line 3: file must be given, and in one split"),
-        ("file,split,skin/tone\n0.png,train,a\n1.png,validation,b\n", "the name of a head must not be empty or have /"),
-        ("file,split,gender\n0.png,train,a\n1.png,validation,b\n", "the split train has no picture of gender 'b'"),
+        (
+            "file,split,skin/tone\n0.png,train,a\n1.png,validation,b\n",
+            "the name of a head must not be empty or contain /",
+        ),
+        ("file,split,gender\n0.png,train,a\n1.png,validation,b\n", "the split train has no image of gender 'b'"),
     ],
 )
 def test_bad_tables_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -235,14 +238,14 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     for data, message in (
         (FairFace(str(tmp_path / "missing")), "there is no folder"),
         (FairFace(str(tmp_path)), "there is no file .*fairface_label_train.csv"),
-        (CelebA(str(tmp_path)), "holds no CelebA: there must be list_attr_celeba.txt or"),
-        (UTKFace(str(tmp_path)), "holds no files such as 25_0_2"),
+        (CelebA(str(tmp_path)), "is not CelebA: it must contain list_attr_celeba.txt or"),
+        (UTKFace(str(tmp_path)), "contains no files such as 25_0_2"),
         (LabelledFolder(str(tmp_path)), "there is no file .*labels.csv"),
     ):
         with pytest.raises(ValueError, match=message):
             data.read()
     (tmp_path / "labels.csv").write_bytes(b"file,gender\n\xff\xfe,a\n")
-    with pytest.raises(ValueError, match="is no CSV file in UTF-8"):
+    with pytest.raises(ValueError, match="is not a CSV file in UTF-8"):
         LabelledFolder(str(tmp_path)).read()
     for name in ("0.png", "1.png"):
         picture(tmp_path / name)

@@ -123,9 +123,9 @@ def test_operators_equal_onnxruntime(
 
 def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no network")
-    with pytest.raises(ValueError, match="broken.onnx' is no ONNX file"):
+    with pytest.raises(ValueError, match="broken.onnx' is not an ONNX file"):
         OnnxNetwork(tmp_path / "broken.onnx")
-    with pytest.raises(ValueError, match="missing.onnx' is no ONNX file"):
+    with pytest.raises(ValueError, match="missing.onnx' is not an ONNX file"):
         OnnxNetwork(tmp_path / "missing.onnx")
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "abc"]
     for nodes, inputs, outputs, message in (
@@ -133,11 +133,11 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
             [helper.make_node("Erf", ["a"], ["b"]), helper.make_node("Cos", ["b"], ["c"])],
             [0],
             [2],
-            "known here: Cos, Erf",
+            "operators: Cos, Erf",
         ),
-        ([helper.make_node("Conv", ["a", "a"], ["c"], auto_pad="SAME_UPPER")], [0], [2], "here: auto_pad of Conv"),
-        ([helper.make_node("MaxPool", ["a"], ["c"], ceil_mode=1)], [0], [2], "here: ceil_mode of MaxPool"),
-        ([helper.make_node("MaxPool", ["a"], ["c"], dilations=[2, 2])], [0], [2], "here: dilations of MaxPool"),
+        ([helper.make_node("Conv", ["a", "a"], ["c"], auto_pad="SAME_UPPER")], [0], [2], "operators: auto_pad of Conv"),
+        ([helper.make_node("MaxPool", ["a"], ["c"], ceil_mode=1)], [0], [2], "operators: ceil_mode of MaxPool"),
+        ([helper.make_node("MaxPool", ["a"], ["c"], dilations=[2, 2])], [0], [2], "operators: dilations of MaxPool"),
         ([helper.make_node("Add", ["a", "b"], ["c"])], [0, 1], [2], "must have one input and one output"),
     ):
         graph = helper.make_graph(nodes, "g", [values[i] for i in inputs], [values[i] for i in outputs])
