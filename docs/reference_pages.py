@@ -75,5 +75,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Put no-break spaces into the figures of tables."""
     lines = markdown.split("\n")
     return "\n".join(
-        FIGURES.sub("\N{NO-BREAK SPACE}\\1\N{WORD JOINER}\N{NO-BREAK SPACE}", x) if x.startswith("|") else x for x in lines
+        FIGURES.sub("\N{NO-BREAK SPACE}\\1\N{WORD JOINER}\N{NO-BREAK SPACE}", x) if x.startswith("|") else x
+        for x in lines
     )

@@ -89,7 +89,7 @@ def test_commands_and_their_experiments_exist(page):
         words = command.split()
         if words[0] == "make":
             assert words[1] in targets, command
-        elif words[0] == "fairness-dft" and words[1] != "VERB":
+        elif words[0] == "fairness-dft" and words[1] not in ("VERB", "COMMAND", "quickstart") and words[1][0] != "-":
             assert (ROOT / "fairness_dft" / f"{words[1].replace('-', '_')}.py").is_file(), command
         for name in re.findall(r"--config[ =]([\w/.]+)", command):
             folders = ROOT / "experiments", ROOT / "experiments/parts", ROOT / "experiments/classifiers"
