@@ -75,13 +75,13 @@ def ranges(module: Comparison) -> Iterator[set[str]]:
     cut(module, backwards)
     again = RecomputedBackward.__call__
 
-    def way_back(self: RecomputedBackward, *arguments: Any) -> Any:
+    def recompute(self: RecomputedBackward, *arguments: Any) -> Any:
         backwards.enter(BACK)
         found = again(self, *arguments)
         backwards.enter(TEXT_BACK)
         return found
 
-    RecomputedBackward.__call__ = way_back
+    RecomputedBackward.__call__ = recompute
     back = module.manual_backward
 
     def backward(loss: Tensor) -> None:

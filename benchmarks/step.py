@@ -221,7 +221,7 @@ def measured(function: Callable[[], None], device: torch.device) -> tuple[float,
         function()
         torch.cuda.synchronize()
         return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: man 5 proc
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak: man 5 proc
     before, start = resident("VmRSS"), time.perf_counter()
     function()
     return time.perf_counter() - start, resident("VmHWM") - before

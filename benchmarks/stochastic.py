@@ -4,7 +4,7 @@
 
 Trains the quickstart's miniature for gender with T = 8 and K = 1, T/4, T/2 random steps and all of them (exact), with
 several seeds, and draws how the bias of the averaged adapter falls. Seconds are a run's median training step times the
-number of steps, without validations. Runs that are there already are not made again.
+number of steps, without validations. Runs that already exist are kept.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Curve = list[tuple[int, float, float]]
 
 
 def train(count: int, seed: int, options: argparse.Namespace) -> Path:
-    """Train with K steps of gradient, and return the run's folder; a run that did not end is made anew."""
+    """Train with K steps of gradient, and return the run's folder; a run that did not end starts over."""
     name = f"{label(count)}_seed_{seed}_steps_{options.steps}_prompts_{options.prompts}".replace(" ", "_")
     folder, log = options.output / name / "version_0", options.output / f"{name}.log"
     if (folder / "done").exists():

@@ -43,12 +43,12 @@ class Attribute:
         semantics_factor: weight of the image-semantics loss where the target differs from the original image's class
             or there is no target, in [0, 1] (paper: gender 0.2, race 0.6, age 0.6; of several, the smallest).
         face_gradient_factor: scale of that loss's gradient inside the face region in the same cases, in [0, 1]
-            (paper: gender 0.2, race 0.3, age 0.3; likewise).
+            (paper: gender 0.2, race 0.3, age 0.3; of several, the smallest).
         rescale_cost: whether the transport sees each probability relative to its target share, so that an
             unequal target does not dominate the joint cost; see `fairness_dft.alignment.transport.relative_to_target`.
 
     Raises:
-        ValueError: if a number is out of its range, or a name is none or not one of the attributes.
+        ValueError: if a number is out of its range, or a name is missing or unknown.
     """
 
     name: str | list[str] = "gender"
@@ -85,7 +85,8 @@ class Attribute:
     def setting(self, setting: str, name: str) -> float:
         """One attribute's `confidence`, `semantics_factor` or `face_gradient_factor`."""
         value = getattr(self, setting)
-        return value[name] if isinstance(value, Mapping) else value
+        number: float = value[name] if isinstance(value, Mapping) else value
+        return number
 
     def distributions(self, classes: Mapping[str, Sequence[str]]) -> dict[str | None, "TargetDistribution"]:
         """Return the target distributions D over the classifier's classes, in its order.
@@ -247,5 +248,5 @@ def shares(where: str, target: Shares, classes: Sequence[str]) -> Tensor:
 
 
 def attributes_of(label: str) -> tuple[str, ...]:
-    """The attributes of a product: gender and race of "gender×race", gender alone of "gender"."""
+    """Return the attributes of a product: gender and race of "gender×race", gender alone of "gender"."""
     return tuple(label.split(TIMES))

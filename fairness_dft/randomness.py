@@ -42,7 +42,7 @@ def hashed_words(seed: int, key: tuple[int, ...], count: int) -> NDArray[np.uint
         >>> hashed_words(0, (Stream.TRAIN, 0, 0), 3)[:2].tolist() == hashed_words(0, (0, 0, 0), 2).tolist()
         True
     """
-    return np.random.SeedSequence(seed, spawn_key=key).generate_state(count, np.uint64)
+    return np.asarray(np.random.SeedSequence(seed, spawn_key=key).generate_state(count, np.uint64), np.uint64)
 
 
 def hashed_generator(seed: int, *key: int) -> torch.Generator:

@@ -24,7 +24,7 @@ BEYOND = np.float32(0.8)
 
 
 def optimal_assignments(cost: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The assignments of least cost for several draws.
+    """Return the assignments of least cost for several draws.
 
     Where several are optimal (images with equal probabilities) the Hungarian algorithm's choice stands.
 
@@ -34,6 +34,11 @@ def optimal_assignments(cost: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
     Returns:
         The class of each image in each draw, with shape (M, n), int64 in [0, K).
+
+    Example:
+        >>> cost = np.array([[0.0, 1.0], [0.4, 0.6], [1.0, 0.0]])
+        >>> optimal_assignments(cost, np.array([[2, 1], [1, 2]])).tolist()
+        [[0, 0, 1], [0, 1, 1]]
     """
     if len(cost) < PRICED_FROM or cost.shape[1] == 1:
         return np.array([hungarian_assignment(cost, count) for count in counts])
@@ -45,7 +50,7 @@ def optimal_assignments(cost: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def hungarian_assignment(cost: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """The assignment of least cost for one draw, by the Hungarian algorithm.
+    """Return the assignment of least cost for one draw, by the Hungarian algorithm.
 
     Args:
         cost: the cost of giving class k to image i, with shape (n, K).
@@ -55,11 +60,12 @@ def hungarian_assignment(cost: np.ndarray, count: np.ndarray) -> np.ndarray:
         The class of each image, with shape (n,), int64 in [0, K).
     """
     labels = np.repeat(np.arange(len(count)), count)
-    return labels[linear_sum_assignment(cost[:, labels])[1]]
+    assigned: np.ndarray = labels[linear_sum_assignment(cost[:, labels])[1]]
+    return assigned
 
 
 def priced_assignments(cost: np.ndarray, counts: np.ndarray, rounds: int = 16) -> np.ndarray:
-    """The assignments of least cost for the draws whose classes soon find their prices.
+    """Return the assignments of least cost for the draws whose class prices converge within a few rounds.
 
     What `class_prices` finds is put to the proof, in the precision of the cost: every class has its count, and no image
     hesitates between two. Some draws fail, such as those that must divide equal images.

@@ -64,4 +64,5 @@ def draw_counts(
 def binomial_table(images: int, share: float) -> np.ndarray:
     """P(m ≤ j) of m ~ Binomial(i, share), for i and j from 0 to n, with shape (n + 1, n + 1); not to be changed."""
     every = np.arange(images + 1)
-    return binom.cdf(every, every[:, None], share)
+    table: np.ndarray = binom.cdf(every, every[:, None], share)
+    return table

@@ -41,7 +41,7 @@ class Alignment:
 
 
 def alignment_loss(logits: Tensor, alignment: Alignment, world_size: int = 1) -> Tensor:
-    """L_align, the distributional alignment loss.
+    """Compute L_align, the distributional alignment loss.
 
     The mean runs over the chosen images of all ranks. Since DDP averages gradients over ranks, this rank's
     sum is multiplied by `world_size`, so that the gradient is that of one process with the whole batch.
@@ -53,6 +53,11 @@ def alignment_loss(logits: Tensor, alignment: Alignment, world_size: int = 1) ->
 
     Returns:
         A scalar; a zero that still carries a graph where no image is chosen.
+
+    Example:
+        >>> alignment = Alignment(torch.tensor([1, 0]), torch.tensor([True, False]), total=1)
+        >>> alignment_loss(torch.zeros(2, 2), alignment)
+        tensor(0.6931)
     """
     if not alignment.chosen.any():
         return logits.sum() * 0
@@ -76,7 +81,7 @@ def must_change(alignment: Alignment, original_classes: Tensor, both_faces: Tens
 
 
 def dynamic_weights(changing: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-    """The smallest factor of an attribute in which the image is to change, or 1.
+    """Return the smallest factor among the attributes in which the image has to change, or 1.
 
     Args:
         changing: see `must_change`, for each attribute bool with shape (N,).
@@ -90,14 +95,18 @@ def dynamic_weights(changing: Sequence[Tensor], factors: Sequence[float]) -> Ten
 
 
 def semantics_loss(similarities: list[Tensor], weights: Tensor) -> Tensor:
-    """L_img, the image-semantics loss with its dynamic weights.
+    """Compute L_img, the image-semantics loss with its dynamic weights.
 
     Args:
-        similarities: for each feature network the cosines of x_i and o_i, each with shape (N,).
+        similarities: For each feature network the cosines of x_i and o_i, each with shape (N,).
         weights: λ_i, with shape (N,), in [0, 1].
 
     Returns:
         A scalar, not negative.
+
+    Example:
+        >>> semantics_loss([torch.tensor([1.0, 0.5])], torch.tensor([1.0, 0.2]))
+        tensor(0.0500)
     """
     distances = sum((1 - cosine for cosine in similarities), torch.zeros_like(weights))
     return (weights * distances).mean()
@@ -108,7 +117,7 @@ def face_references(embeddings: Tensor, originals: Tensor, keep: Tensor, bank: T
 
     Args:
         embeddings: e(x_i), of unit length, with shape (N, D).
-        originals: e(o_i), likewise.
+        originals: e(o_i), of unit length, with shape (N, D).
         keep: whether the original's face is the reference, bool with shape (N,).
         bank: embeddings of real faces, with shape (M, D), M > 0.
 
@@ -124,7 +133,7 @@ def face_realism_loss(embeddings: Tensor, references: Tensor, seen: Tensor, tota
 
     Args:
         embeddings: e(x_i), of unit length, with shape (N, D).
-        references: r_i, likewise.
+        references: r_i, of unit length, with shape (N, D).
         seen: whether x_i shows a face, bool with shape (N,).
         total: number of faces over all ranks.
         world_size: number of ranks.
@@ -139,12 +148,12 @@ def face_realism_loss(embeddings: Tensor, references: Tensor, seen: Tensor, tota
 
 
 def face_gradient_scales(images: Tensor, boxes: Tensor, other_boxes: Tensor, scales: Tensor) -> Tensor:
-    """What the gradient at each pixel is multiplied by: inside the face region a scale, elsewhere 1.
+    """Return the factor of the gradient at each pixel: a scale inside the face region, 1 elsewhere.
 
     Args:
         images: x, with shape (N, 3, H, W).
         boxes: face boxes of x (left, top, right, bottom in pixels), with shape (N, 4).
-        other_boxes: face boxes of o, likewise; the face region is the intersection of both.
+        other_boxes: Face boxes of o in the same format; the face region is the intersection of both.
         scales: the scale of each image, with shape (N,), in [0, 1].
 
     Returns:

@@ -72,7 +72,7 @@ def expected_targets(
     max_enumeration: int = 1_000,
     generator: torch.Generator | None = None,
 ) -> Targets:
-    """Assigns every image the class that brings the images as a set to the target distribution.
+    """Assign every image the class that brings the images as a set to the target distribution.
 
     Exact for two classes and where at most ``max_enumeration`` count vectors exist; only beyond do ``draws`` and
     ``generator`` matter, and ranks that must agree need generators in the same state.
@@ -90,6 +90,10 @@ def expected_targets(
     Returns:
         Targets on the device and in the dtype of ``probabilities``; empty for n = 0.
 
+    Example:
+        >>> expected_targets(torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]), [0.5, 0.5]).classes
+        tensor([0, 0, 1, 1])
+
     Raises:
         ValueError: if an argument is not as described.
     """
@@ -104,18 +108,23 @@ def expected_joint_targets(
     generator: torch.Generator | None = None,
     rescale_cost: bool = False,
 ) -> list[Targets]:
-    """Assigns every image one class of each attribute, so that the images as a set have the joint distribution.
+    """Assign every image one class of each attribute, so that the images as a set have the joint distribution.
 
     Args:
         probabilities: the classifier's probabilities p^a of each attribute, with shapes (n, K_a), in [0, 1].
         target: the joint target distribution D, with shape (K_1, ..., K_A), non-negative, sums to one.
         draws: as in `expected_targets`.
-        max_enumeration: likewise; there are C(n+K−1, K−1) assignments of K = K_1 ⋯ K_A classes.
-        generator: likewise.
+        max_enumeration: as in `expected_targets`; there are C(n+K−1, K−1) assignments of K = K_1 ⋯ K_A classes.
+        generator: as in `expected_targets`.
         rescale_cost: whether the cost sees `relative_to_target` in place of the probabilities.
 
     Returns:
         Targets of each attribute.
+
+    Example:
+        >>> gender, age = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]])
+        >>> [targets.classes.tolist() for targets in expected_joint_targets([gender, age], torch.full((2, 2), 0.25))]
+        [[0, 1], [0, 1]]
 
     Raises:
         ValueError: if an argument is not as described.
@@ -138,9 +147,9 @@ def expected_joint_targets(
 
 
 def _targets(expected: np.ndarray, like: Tensor) -> Targets:
-    expected = torch.from_numpy(expected)
-    confidence, classes = expected.max(dim=1)
-    return Targets(expected.to(like), classes.to(like.device), confidence.to(like))
+    probabilities = torch.from_numpy(expected)
+    confidence, classes = probabilities.max(dim=1)
+    return Targets(probabilities.to(like), classes.to(like.device), confidence.to(like))
 
 
 def transport_cost(*probabilities: np.ndarray) -> np.ndarray:
@@ -177,7 +186,8 @@ def relative_to_target(probabilities: np.ndarray, distribution: np.ndarray) -> n
     """
     wanted = distribution > 0
     relative = np.where(wanted, (probabilities + 1e-12) / np.where(wanted, distribution, 1), 0)
-    return relative / relative.sum(axis=1, keepdims=True)
+    normalized: np.ndarray = relative / relative.sum(axis=1, keepdims=True)
+    return normalized
 
 
 def expected_assignment(
@@ -187,7 +197,7 @@ def expected_assignment(
     max_enumeration: int = 1_000,
     generator: torch.Generator | None = None,
 ) -> np.ndarray:
-    """Expected one-hot assignment q of least cost, for any cost.
+    """Compute the expected one-hot assignment q of least cost, for any cost.
 
     Args:
         cost: the cost of giving class k to image i, with shape (n, K).
@@ -215,7 +225,7 @@ def expected_assignment(
 
 
 def binomial_assignment(cost: np.ndarray, share: float) -> np.ndarray:
-    """Expected assignment for two classes, in closed form.
+    """Compute the expected assignment for two classes, in closed form.
 
     If m images get class 1, the total cost is Σ_i cost_i0 plus Σ (cost_i1 − cost_i0) over those m images, so
     they are the m with the smallest differences. For p = (1 − s, s) the difference is √2 (1 − 2s), so these
@@ -257,7 +267,7 @@ def mean_assignment(cost: np.ndarray, counts: np.ndarray, weights: np.ndarray) -
 
 
 def _checked_target(target: Tensor | Sequence[float], attributes: int) -> np.ndarray:
-    """The target distribution D in float64, with one axis an attribute, summing to one beyond rounding."""
+    """Return the target distribution D in float64, normalized, with one axis for each attribute."""
     distribution = torch.as_tensor(target, dtype=torch.float64).detach().cpu().numpy()
     valid = distribution.ndim == attributes and bool((distribution >= 0).all()) and abs(distribution.sum() - 1) < 1e-5
     if not valid:
@@ -265,7 +275,8 @@ def _checked_target(target: Tensor | Sequence[float], attributes: int) -> np.nda
             "`target` must be one non-negative probability per class and sum to one, "
             f"but got {distribution.tolist()} with sum {distribution.sum():g}"
         )
-    return distribution / distribution.sum()
+    normalized: np.ndarray = distribution / distribution.sum()
+    return normalized
 
 
 def _check_probabilities(probabilities: Tensor, classes: int) -> None:

@@ -26,7 +26,7 @@ from fairness_dft.portraits.world import DATA, training_subjects
 
 
 def vae_of(folder: Path) -> AutoencoderKL:
-    """The trained autoencoder, as it was saved."""
+    """Load the trained autoencoder."""
     return AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", torch_dtype=torch.float32).eval()
 
 

@@ -21,7 +21,7 @@ SAMPLER = Sampler(steps=6, guidance_scale=1.75, checkpoint=False, decode_chunk=6
 
 
 def judges(folder: Path) -> dict[str, Judge]:
-    """The judge that finetuning learns from, "training", and the one that only evaluates, "independent".
+    """Return the judge that finetuning learns from, "training", and the one that only evaluates, "independent".
 
     Args:
         folder: Where detector and classifiers lie.

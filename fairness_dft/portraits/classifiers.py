@@ -53,7 +53,7 @@ HEADS = {"training": FACE_HEADS, "evaluation": ATTRIBUTES | LOOK}
 
 
 def architecture(which: str) -> PretrainedConfig:
-    """What the classifier is made of: a ResNet for training, a ViT for evaluation."""
+    """Return the classifier's backbone: a ResNet for training, a ViT for evaluation."""
     labels = id2label(HEADS[which])
     if which == "training":
         sizes = dict(embedding_size=24, hidden_sizes=[24, 48, 96], depths=[1, 1, 1], layer_type="basic")
@@ -64,7 +64,7 @@ def architecture(which: str) -> PretrainedConfig:
 
 
 def views(portraits: Portraits, which: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a classifier sees of portraits, and what it should say of it.
+    """Return the crops that a classifier sees, and their labels.
 
     Returns:
         Pictures, with shape (n, 3, side, side), in [0, 1]: the crops of all faces, or all portraits; and their labels.
@@ -78,7 +78,7 @@ def views(portraits: Portraits, which: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def write_pictures(folder: Path, which: str, autoencoder: AutoencoderKL, counts: dict[str, int]) -> None:
-    """A folder of pictures with a labels.csv, for `fairness_dft.datasets.LabelledFolder`.
+    """Write a folder of images with a labels.csv, for `fairness_dft.datasets.LabelledFolder`.
 
     Args:
         folder: To write to.

@@ -47,7 +47,7 @@ class FacePictures:
     landmarks: Tensor
 
     def images(self, index: Tensor | slice) -> Tensor:
-        """Some of the pictures as floats, with shape (n, 3, 64, 64), in [0, 1]."""
+        """Return some of the images as floats, with shape (n, 3, 64, 64), in [0, 1]."""
         return self.pictures[index].float() / 255
 
 
@@ -110,7 +110,7 @@ def detector_loss(found: list[Tensor], present: Tensor, boxes: Tensor, landmarks
         found: What `Detector` predicts for B pictures.
         present: Whether they show a face, bool with shape (B,).
         boxes: Their faces, in pixels, with shape (B, 4).
-        landmarks: Likewise, with shape (B, 5, 2).
+        landmarks: In pixels, with shape (B, 5, 2).
     """
     centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(min=1)
     logits, faces, distances = [], [], []

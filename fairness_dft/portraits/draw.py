@@ -189,7 +189,7 @@ class Pen:
 
 
 def darker(colour: Colour, factor: float = 0.72) -> Colour:
-    """The same colour in shadow."""
+    """Return the same color in shadow."""
     return tuple(int(c * factor) for c in colour)
 
 

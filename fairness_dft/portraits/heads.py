@@ -64,7 +64,7 @@ def accuracies(
 
 @torch.no_grad()
 def subjects_for_looks(layer: nn.Linear) -> tuple[nn.Linear, Heads]:
-    """A last layer for the heads `ATTRIBUTES | LOOK`, with the parts of a look replaced by the subject.
+    """Return a last layer for the heads `ATTRIBUTES | LOOK`, with the parts of a look replaced by the subject.
 
     A subject's logit is the sum of the logits of the parts of its look, so that among the subjects those are ordered by
     the probability of their looks, the parts taken as independent.

@@ -116,7 +116,7 @@ def half_reconstructed(portraits: Portraits, autoencoder: AutoencoderKL) -> Port
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair vocabulary is learnt from the captions: nearly every word one token."""
+    """Return a CLIP tokenizer whose byte-pair vocabulary is learned from the captions: nearly every word one token."""
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=SPECIAL[1]))
     learner.normalizer = normalizers.Lowercase()
@@ -142,7 +142,7 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def text_config(tokenizer: CLIPTokenizer, **changes: int) -> CLIPTextConfig:
-    """The configuration of a text encoder of 2 layers, 64 wide, for this tokenizer."""
+    """Return the configuration of a text encoder of 2 layers, 64 wide, for this tokenizer."""
     settings = dict(
         vocab_size=len(tokenizer),
         hidden_size=64,

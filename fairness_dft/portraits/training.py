@@ -40,7 +40,7 @@ class Portraits:
         return len(self.captions)
 
     def images(self, index: Tensor | slice) -> Tensor:
-        """Some of the pictures as floats, with shape (n, 3, 64, 64), in [0, 1]."""
+        """Return some of the images as floats, with shape (n, 3, 64, 64), in [0, 1]."""
         return self.pictures[index].float() / 255
 
 
@@ -61,7 +61,7 @@ def draw_portraits(count: int, seed: int, balanced: bool = False) -> Portraits:
 
 
 def look_labels(subject: Tensor) -> dict[str, Tensor]:
-    """What the subjects' looks decide: a class index for each part of `LOOK`, with the shape of `subject`."""
+    """Return the parts that the subjects' looks decide: per part of `LOOK` a class index, shaped like `subject`."""
     return {
         part: torch.tensor([kinds.index(getattr(each.look, part)) for each in subjects()])[subject]
         for part, kinds in LOOK.items()
@@ -132,7 +132,7 @@ def save_half(model: nn.Module, folder: Path) -> None:
 
 
 def preprocessor(size: int = SIZE) -> dict:
-    """What preprocessor_config.json says of a network that sees pictures of this size."""
+    """Return the preprocessor_config.json of a network for images of this size."""
     return {
         "do_resize": True,
         "size": {"height": size, "width": size},
@@ -151,5 +151,5 @@ def save_network(model: nn.Module, folder: Path, size: int = SIZE) -> None:
 
 
 def count_parameters(*modules: nn.Module) -> int:
-    """Number of parameters of some modules together."""
+    """Return the number of parameters of some modules together."""
     return sum(p.numel() for module in modules for p in module.parameters())

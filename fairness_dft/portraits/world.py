@@ -74,13 +74,13 @@ def subjects() -> tuple[Subject, ...]:
 
 @cache
 def prompts(name: str) -> dict:
-    """A file of data/prompts, as it is written."""
+    """Read a file of data/prompts."""
     return json.loads((DATA.parent / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @cache
 def templates() -> dict[str, str]:
-    """The paper's template of each concept, with {} for the subject."""
+    """Return the paper's template of each concept, with {} for the subject."""
     return {concept: prompts(file)["templates"][0].replace(f"{{{concept}}}", "{}") for concept, file in PROMPTS.items()}
 
 
@@ -151,6 +151,6 @@ def stream(count: int, seed: int, balanced: bool = False) -> Iterator[tuple[Port
 
 
 def training_subjects() -> list[str]:
-    """The subjects of the world that finetuning may use: those of the training splits, concept by concept."""
+    """Return the subjects of the world that finetuning may use: those of the training splits, concept by concept."""
     allowed = {concept: set(prompts(file)["train"]) for concept, file in PROMPTS.items()}
     return [s.name for concept in PROMPTS for s in subjects() if s.concept == concept and s.name in allowed[concept]]

@@ -60,7 +60,7 @@ def step_gradients(
     steps: int,
     guidance_scale: float,
 ) -> Iterator[StepGradient]:
-    """The gradient of ⟨R, z_0⟩ with respect to what is trained, one sampling step after the other.
+    """Yield the gradient of ⟨R, z_0⟩ with respect to the trained parameters, one sampling step after the other.
 
     Args:
         model: the text-to-image model, loaded, with the adapter attached and switched to what is trained.
@@ -105,12 +105,12 @@ def step_gradients(
 
 
 def both(model: TextToImage, prompt: str) -> tuple[Tensor, ...]:
-    """The embeddings of the prompt and of the empty one, each with shape (1, L, D)."""
+    """Return the embeddings of the prompt and of the empty one, each with shape (1, L, D)."""
     return model.encode([prompt, ""]).tensor_split(2)
 
 
 def flatten(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    """Gradients one after the other as one vector, with shape (P,); zero where there is none."""
+    """Return all gradients as one vector, with shape (P,); zeros for a parameter without gradient."""
     pairs = zip(gradients, parameters, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
@@ -128,7 +128,7 @@ PATHS = {
 
 
 def passes(path: GradientPath, steps: int) -> float:
-    """Passes through the network that one gradient costs: T forward, and one backward a step that carries gradient.
+    """Return the network passes of one gradient: T forward, and one backward a step that carries gradient.
 
     Computing activations again (`Sampler.checkpoint`), which saves memory, is not counted.
 

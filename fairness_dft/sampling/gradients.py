@@ -36,14 +36,14 @@ Steps = Literal["all", "last", "random"]
 
 
 def solver_coefficients(scheduler: Any, steps: int) -> Tensor:
-    """Reads the coefficients k_t of z_0 = a z_T + Σ_t k_t ε_t from the scheduler's own recursion.
+    """Read the coefficients k_t of z_0 = a z_T + Σ_t k_t ε_t from the scheduler's own recursion.
 
     Ones are back-propagated through the recursion alone, with independent scalars in place of the network's
     outputs. This holds for every scheduler that is linear in them, and for whatever they predict: under
     v-prediction k_t is the coefficient of v_t.
 
     Args:
-        scheduler: A diffusers scheduler; it is copied, not changed, and what it has is remembered while it exists.
+        scheduler: A diffusers scheduler; it is copied, not changed. The coefficients are cached as long as it exists.
         steps: The number of sampling steps.
 
     Returns:
@@ -72,7 +72,7 @@ def _solver_coefficients(scheduler: Any, steps: int) -> Tensor:
 
 
 def uniform_weights(coefficients: Tensor) -> Tensor:
-    """Computes A / k_t, which makes the weight of every step the same number A.
+    """Compute A / k_t, which makes the weight of every step the same number A.
 
     Args:
         coefficients: The coefficients k_t, with shape (T,).
@@ -80,6 +80,11 @@ def uniform_weights(coefficients: Tensor) -> Tensor:
     Returns:
         The weights, with shape (T,). They are positive wherever all k_t have one sign, as those of DDIM,
         Euler and DPM-Solver++ have.
+
+    Example:
+        >>> weights = uniform_weights(torch.tensor([1.0, 4.0]))
+        >>> weights, weights * torch.tensor([1.0, 4.0])
+        (tensor([2.0000, 0.5000]), tensor([2., 2.]))
 
     Raises:
         ValueError: If some k_t is zero, so that no factor can raise it to A.
@@ -94,7 +99,7 @@ def uniform_weights(coefficients: Tensor) -> Tensor:
 
 
 def authors_weights(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """Computes the step weights of the authors' published code.
+    """Compute the step weights of the authors' published code.
 
     These are √ᾱ_t √(1 - ᾱ_t) / (1 - α_t), divided by their geometric mean: the reciprocal of the coefficient
     of a DDPM step, whichever solver is used. They act on top of the solver's own k_t.
@@ -109,11 +114,12 @@ def authors_weights(scheduler: Any, timesteps: Tensor) -> Tensor:
     timesteps = timesteps.cpu().round().long()
     alphas_cumprod = scheduler.alphas_cumprod.cpu().double()[timesteps]
     weights = (alphas_cumprod * (1 - alphas_cumprod)).sqrt() / scheduler.betas.cpu().double()[timesteps]
-    return weights / geometric_mean(weights)
+    normalized: Tensor = weights / geometric_mean(weights)
+    return normalized
 
 
 def geometric_mean(values: Tensor) -> Tensor:
-    """Returns exp(mean(log(values))) of positive `values`."""
+    """Return exp(mean(log(values))) of positive `values`."""
     return values.log().mean().exp()
 
 
@@ -129,14 +135,15 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(tensor: Tensor, scale: float | Tensor) -> Tensor:
-    """Returns `tensor` unchanged, and multiplies the gradient that comes back through it.
+    """Return `tensor` unchanged, and multiply the gradient that comes back through it.
 
     Args:
         tensor: Any tensor.
         scale: A number, or a constant tensor that broadcasts to the shape of `tensor`, such as a mask. It is read
             when the gradient comes back, and may be filled in until then.
     """
-    return _ScaleGradient.apply(tensor, scale)
+    scaled: Tensor = _ScaleGradient.apply(tensor, scale)  # type: ignore[no-untyped-call]
+    return scaled
 
 
 @dataclass(frozen=True)
@@ -155,10 +162,16 @@ class GradientPath:
             graph. Detached random steps are weighted by T / count, so that their gradient is that of `all` in
             expectation.
         count: How many steps carry gradient, at most all of them; required by `random`. Without it `last`
-            draws the number anew for every call, uniformly from 1 to T.
+            draws the number for every call, uniformly from 1 to T.
 
     Raises:
         ValueError: If a choice is not one of those allowed.
+
+    Example:
+        >>> GradientPath(steps="last", count=2).select(4)
+        tensor([False, False,  True,  True])
+        >>> GradientPath.draft(2) == GradientPath(coupled=True, weights="solver", steps="last", count=2)
+        True
     """
 
     coupled: bool = False
@@ -180,31 +193,31 @@ class GradientPath:
 
     @classmethod
     def naive(cls) -> "GradientPath":
-        """The exact gradient: coupled, with the solver's weights, of all steps."""
+        """Return the exact gradient: coupled, with the solver's weights, of all steps."""
         return cls(coupled=True, weights="solver")
 
     @classmethod
     def adjusted(cls) -> "GradientPath":
-        """Adjusted direct finetuning (Shen et al., 2024): detached, with uniform weights, of all steps."""
+        """Return adjusted direct finetuning (Shen et al., 2024): detached, with uniform weights, of all steps."""
         return cls()
 
     @classmethod
     def draft(cls, count: int) -> "GradientPath":
-        """DRaFT-K (Clark et al., 2024, https://arxiv.org/abs/2309.17400): the last `count` steps."""
+        """Return DRaFT-K (Clark et al., 2024, https://arxiv.org/abs/2309.17400): the last `count` steps."""
         return cls(coupled=True, weights="solver", steps="last", count=count)
 
     @classmethod
     def alignprop(cls) -> "GradientPath":
-        """AlignProp (Prabhudesai et al., 2023, https://arxiv.org/abs/2310.03739): DRaFT-K with random K."""
+        """Return AlignProp (Prabhudesai et al., 2023, https://arxiv.org/abs/2310.03739): DRaFT-K with random K."""
         return cls(coupled=True, weights="solver", steps="last")
 
     @classmethod
     def refl(cls) -> "GradientPath":
-        """ReFL (Xu et al., 2023, https://arxiv.org/abs/2304.05977): one late step, here the last."""
+        """Return ReFL (Xu et al., 2023, https://arxiv.org/abs/2304.05977): one late step, here the last."""
         return cls(coupled=False, weights="solver", steps="last", count=1)
 
     def select(self, total: int, generator: Generator | None = None) -> Tensor:
-        """Chooses the steps that carry gradient.
+        """Choose the steps that carry gradient.
 
         Args:
             total: The number of steps T.
@@ -223,7 +236,7 @@ class GradientPath:
         return selected
 
     def scales(self, scheduler: Any, steps: int) -> Tensor:
-        """Computes what the gradient at each prediction ε_t is multiplied by.
+        """Compute the factor of the gradient at each prediction ε_t.
 
         Args:
             scheduler: A diffusers scheduler; it is copied, not changed.
@@ -238,7 +251,7 @@ class GradientPath:
         return self._scales(solver_coefficients(scheduler, steps), scheduler, steps)
 
     def weights_from_final_latent(self, scheduler: Any, steps: int) -> Tensor:
-        """Computes what dL/dz_0 is multiplied by to be the gradient at each prediction ε_t: k_t times `scales`.
+        """Compute the factors that turn dL/dz_0 into the gradient at each prediction ε_t: k_t times `scales`.
 
         Args:
             scheduler: A diffusers scheduler that is linear in the predictions; it is copied, not changed.
@@ -262,5 +275,6 @@ class GradientPath:
             scheduler.set_timesteps(steps)
             scales = authors_weights(scheduler, scheduler.timesteps)
         if self.steps == "random" and not self.coupled:
+            assert self.count is not None  # checked in __post_init__
             scales = scales * max(1.0, len(scales) / self.count)
         return scales

@@ -53,7 +53,7 @@ def replayed(
     guidance_scale: float,
     rows: int,
 ) -> Tensor:
-    """Returns `latents`, whose gradient reaches what was learned through `calls`, made again in the backward pass.
+    """Return `latents`, with a gradient that reaches the trained parameters by recomputing `calls`.
 
     Args:
         latents: The sampled latents z_0, with shape (n, C, h, w), without a graph.
@@ -66,8 +66,11 @@ def replayed(
         rows: How many rows the network works on at a time.
     """
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    way_back = RecomputedBackward(calls, model, guidance_scale, rows, _Precision(latents.device.type))
-    return _Replay.apply(latents, way_back, conditioning, unconditional, *learned)
+    recompute = RecomputedBackward(calls, model, guidance_scale, rows, _Precision(latents.device.type))
+    replay: Tensor = _Replay.apply(  # type: ignore[no-untyped-call]
+        latents, recompute, conditioning, unconditional, *learned
+    )
+    return replay
 
 
 class _Replay(torch.autograd.Function):
@@ -75,12 +78,12 @@ class _Replay(torch.autograd.Function):
     def forward(
         ctx: Any,
         latents: Tensor,
-        way_back: "RecomputedBackward",
+        recompute: "RecomputedBackward",
         conditioning: Tensor,
         unconditional: Tensor,
         *learned: Tensor,
     ) -> Tensor:
-        ctx.way_back = way_back
+        ctx.recompute = recompute
         ctx.save_for_backward(conditioning, unconditional, *learned)
         return latents.view_as(latents)
 
@@ -88,7 +91,7 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         conditioning, unconditional, *learned = ctx.saved_tensors
-        return None, None, *ctx.way_back(gradient, conditioning, unconditional, learned)
+        return None, None, *ctx.recompute(gradient, conditioning, unconditional, learned)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class RecomputedBackward:
     def __call__(
         self, gradient: Tensor, conditioning: Tensor, unconditional: Tensor, learned: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Gradients of either branch's conditioning, and of all that is learned, from that of z_0."""
+        """Return the gradients of either branch's conditioning, and of all that is learned, from that of z_0."""
         found: list[Tensor | None] = [None] * (2 + len(learned))
         branches, scales = (conditioning, unconditional), (self.guidance_scale, 1 - self.guidance_scale)
         learns = self.model.denoiser_learns()
@@ -133,7 +136,7 @@ class RecomputedBackward:
 
 
 def _add(total: Tensor | None, value: Tensor | None) -> Tensor | None:
-    """Their sum, in at least single precision, where None is zero."""
+    """Return the sum, in at least single precision, where None is zero."""
     if value is None:
         return total
     value = value.to(torch.promote_types(value.dtype, torch.float32))

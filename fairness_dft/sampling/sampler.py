@@ -9,7 +9,7 @@ In the code z_T is `noise`, z_t is `latents`, ε_t is `prediction`, s is `guidan
 `torch.no_grad()` it only samples. Which steps carry gradient, and with what weight, is the business of
 `fairness_dft.sampling.GradientPath`. With `checkpoint` such a step keeps only its latent and is computed again in
 the backward pass, so memory grows with T by a latent, not by the activations of a U-Net: with detached latents by
-`fairness_dft.replay`, else step by step. Without it all activations are kept, which takes less time.
+`fairness_dft.sampling.replay`, else step by step. Without it all activations are kept, which takes less time.
 
 References:
     Training Deep Nets with Sublinear Memory Cost (Chen et al., 2016). https://arxiv.org/abs/1604.06174
@@ -34,7 +34,7 @@ from fairness_dft.sampling.replay import Call, replayed
 
 
 def checkpointed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wraps a deterministic `function` so that the backward pass computes its activations again."""
+    """Wrap a deterministic `function` so that the backward pass computes its activations again."""
     return lambda *inputs: recompute(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -52,7 +52,7 @@ class PromptEmbeddings(NamedTuple):
 
 
 def encode_prompts(model: TextToImage, prompts: str | Sequence[str]) -> PromptEmbeddings:
-    """Encodes P prompts, or one that all images share, and the empty one."""
+    """Encode P prompts, or one that all images share, and the empty one."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if model.prefix:  # which the empty prompt does not have: by itself it has no graph of that
         conditioning, unconditional = model.encode(prompts), model.encode([""])
@@ -62,7 +62,7 @@ def encode_prompts(model: TextToImage, prompts: str | Sequence[str]) -> PromptEm
 
 
 def rows_for(conditioning: Tensor, images: int, start: int, stop: int) -> Tensor:
-    """Rows of a conditioning of so many images for those from `start` to `stop`: shared ones, if they fit."""
+    """Return the rows of a conditioning for images `start` to `stop`: shared rows where they fit."""
     each = images // len(conditioning)
     first, last = start // each, (stop - 1) // each
     served = {min(stop, (row + 1) * each) - max(start, row * each) for row in range(first, last + 1)}
@@ -72,7 +72,7 @@ def rows_for(conditioning: Tensor, images: int, start: int, stop: int) -> Tensor
 
 
 def noise_sources(scheduler: Any, noise: Tensor) -> dict[str, list[Generator]]:
-    """What a scheduler that draws noise on its way (ancestral, DDPM) draws it from: one source an image.
+    """Return one random source per image for schedulers that draw noise at each step (ancestral, DDPM).
 
     Each is seeded by its image's initial noise, so that the same noise gives the same image, whatever else is
     sampled beside it, and models can be compared.
@@ -97,7 +97,7 @@ class Sampler:
 
     Args:
         steps: The number of sampling steps T.
-        steps_max: If given, the number of steps is drawn anew for each call, uniformly from `steps` to
+        steps_max: If given, the number of steps is drawn for each call, uniformly from `steps` to
             `steps_max`; the paper trains with 19 to 23.
         guidance_scale: The scale s of classifier-free guidance; 1 turns it off and halves the cost.
         gradient: The path of the gradient; the adjusted gradient by default.
@@ -145,7 +145,7 @@ class Sampler:
         self.decode_kept = decode_chunk if decode_kept is None else decode_kept
 
     def draw_steps(self, generator: Generator | None = None) -> int:
-        """Draws a number of steps, from `steps` to `steps_max`; calls to be compared must share one draw."""
+        """Draw a number of steps, from `steps` to `steps_max`; calls to be compared must share one draw."""
         return int(torch.randint(self.steps, self.steps_max + 1, (), generator=generator))
 
     def __call__(
@@ -156,7 +156,7 @@ class Sampler:
         steps: int | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
-        """Generates one image for each row of `noise`.
+        """Generate one image for each row of `noise`.
 
         Args:
             model: The text-to-image model, loaded.
@@ -185,7 +185,7 @@ class Sampler:
         steps: int | None = None,
         generator: Generator | None = None,
     ) -> list[Tensor]:
-        """Samples from the same noise with each of several texts, in the same calls of the network that have no graph.
+        """Sample from the same noise with each of several texts, in the same calls of the network that have no graph.
 
         These are all calls with `checkpoint` and detached latents, else those of steps that carry no gradient. Where
         models differ in what they read alone, as the finetuned and the original one may, this takes less time than one
@@ -233,14 +233,14 @@ class Sampler:
         return [found, *(latents.detach() for latents in others)]
 
     def decode(self, model: TextToImage, latents: Tensor) -> Tensor:
-        """Decodes final latents z_0, with shape (n, C, h, w), to images x, with shape (n, 3, H, W), in [0, 1]."""
+        """Decode final latents z_0, with shape (n, C, h, w), to images x, with shape (n, 3, H, W), in [0, 1]."""
         with nullcontext() if self.checkpoint else keeping_activations():
             return self.map_chunks(model.decode, latents, self.decode_kept)
 
     def map_chunks(self, function: Callable[[Tensor], Tensor], inputs: Tensor, kept: int = 0) -> Tensor:
-        """Applies a frozen network, such as the decoder, to `decode_chunk` rows at a time.
+        """Apply a frozen network, such as the decoder, to `decode_chunk` rows at a time.
 
-        Where activations are computed again (`checkpoint`), those of one chunk exist at a time, besides those kept.
+        Where activations are computed again (`checkpoint`), those of one chunk exist at a time, plus those kept.
 
         Args:
             function: A deterministic function that treats each row by itself.
@@ -259,7 +259,7 @@ class Sampler:
     def _weights(
         self, scheduler: Any, steps: int, total: int, replays: bool, generator: Generator | None
     ) -> list[float | None]:
-        """Returns for each step what multiplies its gradient, None if it carries none.
+        """Return the factor of the gradient for each step; None for a step without gradient.
 
         That is the gradient at its prediction ε_t, or where steps are replayed the gradient at the final latent z_0.
         """
@@ -280,7 +280,7 @@ class Sampler:
         texts: Sequence[PromptEmbeddings],
         scale: float | None,
     ) -> Tensor:
-        """Predicts the guided noise ε_t, with a graph for the first text alone; for none if `scale` is None."""
+        """Predict the guided noise ε_t, with a graph for the first text only; without any if `scale` is None."""
         total = len(latents)
         if scale is not None and len(texts) > 1:
             first, others = latents.tensor_split([total // len(texts)])
