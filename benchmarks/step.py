@@ -152,7 +152,7 @@ class Comparison(FairnessLoss):
         if way.warm:
             self.original(batch, self.generator.noise(batch.seeds), self.sampler.steps)
         else:
-            self.originals.known.clear()
+            self.originals.cached.clear()
         for parameter in self.trained():
             parameter.grad = None
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fairness_dft.diffusion.diffusers_model import DiffusersModel, ModelSource, Precision
+from fairness_dft.diffusion.diffusers_model import DiffusersModel, Precision
+from fairness_dft.files import Location, quiet
 
 
 class AnyPipeline(DiffusersModel):
@@ -36,6 +37,7 @@ class AnyPipeline(DiffusersModel):
         torch.Size([2, 3, 64, 64])
     """
 
+    required_files = ("model_index.json",)
     trainable = False
 
     def __init__(
@@ -52,15 +54,15 @@ class AnyPipeline(DiffusersModel):
         self.pipeline: Any = None
 
     @override
-    def _check(self, source: ModelSource) -> None:
-        self._read_index(source)
+    def _check(self, location: Location) -> None:
+        self._read_index(location)
 
     @override
-    def _load(self, source: ModelSource) -> None:
+    def _load(self, location: Location) -> None:
         from diffusers import AutoPipelineForText2Image
 
-        with self._loading(source):
-            self.pipeline = AutoPipelineForText2Image.from_pretrained(source.name, **self._weights(source))
+        with quiet():
+            self.pipeline = AutoPipelineForText2Image.from_pretrained(location.source, **self._weights(location))
         if hasattr(self.pipeline, "safety_checker"):
             self.pipeline.safety_checker = None  # it would replace images by black ones, and an audit counts them
         self.pipeline.set_progress_bar_config(disable=True)

@@ -1,10 +1,9 @@
-"""The shared base of all models that diffusers loads: locate, check, load once, and fail with one error text."""
+"""The shared base of all models that diffusers loads: what they check, how they load, schedulers and precision."""
 
 import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,46 +11,16 @@ from torch import nn
 from typing_extensions import override
 
 from fairness_dft.diffusion.text_to_image import TextToImage
-from fairness_dft.files import on_hub, quiet, resolve
+from fairness_dft.files import Location, quiet, resolve
+from fairness_dft.networks.frozen import MINIATURE, loading_error
 
 Precision = Literal["float32", "float16", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """The place that diffusers loads a model from.
-
-    Attributes:
-        name: A local folder, or the name of a model on the Hugging Face hub.
-        is_folder: Whether `name` is a local folder.
-        is_reachable: Whether the folder exists, or the hub answers that it has the model.
-    """
-
-    name: str
-    is_folder: bool
-    is_reachable: bool
-
-    @classmethod
-    def locate(cls, path: str) -> "ModelSource":
-        """Look for a model on this machine first and then on the hub, which is asked once.
-
-        Args:
-            path: A folder, as `files.resolve` finds it, or the name of a model on the hub.
-        """
-        folder = resolve(path)
-        return cls(str(folder), True, True) if folder.is_dir() else cls(path, False, on_hub(path))
-
-    @property
-    def options(self) -> dict[str, bool]:
-        """The arguments that keep diffusers away from the network where it is of no use."""
-        return {"local_files_only": self.is_folder or not self.is_reachable}
 
 
 class DiffusersModel(TextToImage):
     """A frozen text-to-image model that diffusers loads.
 
-    A subclass implements `_check` and `_load`. Both get the source of the model and do their reading inside
-    `_loading`, which turns any failure into one error text.
+    A subclass implements `_check`, which reads the small configuration files, and `_load`.
 
     Args:
         path: Folder in the layout of a diffusers pipeline, relative to the working directory or to the repository, or
@@ -75,49 +44,45 @@ class DiffusersModel(TextToImage):
         self.path = path
         self.weights_dtype: torch.dtype = getattr(torch, weights_dtype)
         self.resolution = resolution
-        self.is_loaded = False
 
     @override
     def check(self) -> None:
-        self._check(ModelSource.locate(self.path))
+        self._check(self.find())
 
     @override
     def load(self) -> None:
-        if self.is_loaded:
+        if self._loaded:  # an adapter may be attached by now, and must stay trainable
             return
-        source = ModelSource.locate(self.path)
-        self._check(source)
-        self._load(source)
-        self.freeze()
-        self.is_loaded = True
+        self.check()
+        super().load()
 
-    def freeze(self) -> None:
-        """Freeze all networks."""
-        self.requires_grad_(False).eval()
-
-    @abstractmethod
-    def _check(self, source: ModelSource) -> None:
-        """Reject a model that `_load` cannot load, from its small configuration files."""
+    @override
+    def error(self, reason: object) -> ValueError:
+        allowed = f"a local folder in the layout of {self.layout} (--model.generator.init_args.path FOLDER)"
+        way_out = MINIATURE
+        if not resolve(self.path).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", self.path):
+            way_out = f"download it on a machine with network access (`hf download {self.path}`), or {MINIATURE}"
+        return loading_error(self.what, self.path, reason, allowed, way_out)
 
     @abstractmethod
-    def _load(self, source: ModelSource) -> None:
-        """Set the scheduler, the networks and what goes with them."""
+    def _check(self, location: Location) -> None:
+        """Reject a model that `_load` cannot load, from its small configuration files; this changes nothing."""
 
-    def _weights(self, source: ModelSource) -> dict[str, Any]:
+    def _weights(self, location: Location) -> dict[str, Any]:
         """Return the arguments with which weights are loaded: the right precision, and nothing unpickled."""
-        return {**source.options, "torch_dtype": self.weights_dtype, "use_safetensors": True}
+        return {**location.options, "torch_dtype": self.weights_dtype, "use_safetensors": True}
 
-    def _read_index(self, source: ModelSource) -> dict[str, Any]:
+    def _read_index(self, location: Location) -> dict[str, Any]:
         """Read model_index.json, which lists the parts of a pipeline."""
         from diffusers import DiffusionPipeline
 
-        with self._loading(source):
-            index: dict[str, Any] = DiffusionPipeline.load_config(source.name, **source.options)
+        with self._reading(location):
+            index: dict[str, Any] = DiffusionPipeline.load_config(location.source, **location.options)
         return index
 
     @contextmanager
-    def _loading(self, source: ModelSource) -> Iterator[None]:
-        """Turn any failure while loading into the one error text; each library and file format raises its own error.
+    def _reading(self, location: Location) -> Iterator[None]:
+        """Turn any failure while reading a file into the one error text; each library raises its own error.
 
         Raises:
             ValueError: If the block raises any error.
@@ -126,21 +91,7 @@ class DiffusersModel(TextToImage):
             with quiet():
                 yield
         except Exception as error:
-            missing = "no such local folder, and no such model within reach on the Hugging Face hub"
-            raise ValueError(self._failure(source, str(error) if source.is_reachable else missing)) from error
-
-    def _failure(self, source: ModelSource, reason: str) -> str:
-        """Say in one line which model cannot be loaded, why, and what to do."""
-        reason = (reason.strip() or "unknown reason").splitlines()[0].rstrip(".")
-        way_out = "Give"
-        if not source.is_folder and re.fullmatch(r"[\w.-]+/[\w.-]+", self.path):
-            way_out = f"Download it on a machine with network access (`hf download {self.path}`), or give"
-        return (
-            f"Could not load the text-to-image model {self.path!r} ({reason}). "
-            f"{way_out} a local folder in the layout of {self.layout} "
-            "(--model.generator.init_args.path FOLDER), or run the miniature that ships with this project "
-            "(--config experiments/parts/portraits.yaml)."
-        )
+            raise self.error(error if location.reachable else location.missing) from error
 
 
 def native_precision(network: nn.Module) -> AbstractContextManager[Any]:

@@ -20,7 +20,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from typing_extensions import override
 
 from fairness_dft.diffusion.diffusers_model import (
     DiffusersModel,
-    ModelSource,
     Precision,
     find_scheduler,
     has_trained_weights,
@@ -37,10 +35,16 @@ from fairness_dft.diffusion.diffusers_model import (
     token_limit,
     weight_dtype,
 )
+from fairness_dft.files import Location, quiet
 from fairness_dft.networks.cross_attention import share_keys
 from fairness_dft.networks.frozen_layers import forget_inputs, join_activations
 
 PARTS = {"scheduler", "tokenizer", "text_encoder", "unet", "vae"}  # that every Stable Diffusion has
+
+
+def downsampling(block_out_channels: Sequence[int]) -> int:
+    """Return how many pixels wide one latent is, as each block of the autoencoder except the last halves the image."""
+    return int(2 ** (len(block_out_channels) - 1))
 
 
 class StableDiffusion(DiffusersModel):
@@ -70,6 +74,7 @@ class StableDiffusion(DiffusersModel):
     """
 
     layout = "Stable Diffusion"
+    required_files = ("scheduler/scheduler_config.json",)
 
     def __init__(
         self,
@@ -87,18 +92,31 @@ class StableDiffusion(DiffusersModel):
         self.compiled = compile
 
     @override
-    def _check(self, source: ModelSource) -> None:
+    def _check(self, location: Location) -> None:
         find_scheduler(self.scheduler_name)
-        self._check_layout(source)
-        self._build_scheduler(source)
+        self._check_layout(location)
+        self._build_scheduler(location)
+        self._check_resolution(location)
 
-    def _check_layout(self, source: ModelSource) -> None:
+    def _check_resolution(self, location: Location) -> None:
+        """Reject a resolution that the decoder cannot have."""
+        from diffusers import AutoencoderKL
+
+        if self.resolution is None:
+            return
+        with self._reading(location):
+            config = AutoencoderKL.load_config(location.source, subfolder="vae", **location.options)
+            factor = downsampling(config["block_out_channels"])
+        if self.resolution < factor or self.resolution % factor:
+            raise ValueError(f"`resolution` must be a multiple of {factor} for this model, but got {self.resolution}")
+
+    def _check_layout(self, location: Location) -> None:
         """Reject a model whose index, if it has one, lists other parts."""
         from diffusers import DiffusionPipeline
 
-        if source.is_folder and not Path(source.name, DiffusionPipeline.config_name).is_file():
+        if location.folder is not None and not (location.folder / DiffusionPipeline.config_name).is_file():
             return
-        index = self._read_index(source)
+        index = self._read_index(location)
         parts = {name for name, part in index.items() if isinstance(part, list) and part[0]}
         if not parts >= PARTS or "text_encoder_2" in parts:
             raise ValueError(
@@ -107,15 +125,15 @@ class StableDiffusion(DiffusersModel):
                 "--model.generator fairness_dft.diffusion.AnyPipeline"
             )
 
-    def _build_scheduler(self, source: ModelSource) -> Any:
+    def _build_scheduler(self, location: Location) -> Any:
         """Build the scheduler from the settings stored with the model.
 
         Raises:
             ValueError: If the settings cannot be read, or are those of a model of pixels.
         """
         scheduler_class = find_scheduler(self.scheduler_name)
-        with self._loading(source):
-            settings = scheduler_class.load_config(source.name, subfolder="scheduler", **source.options)
+        with self._reading(location):
+            settings = scheduler_class.load_config(location.source, subfolder="scheduler", **location.options)
         # As `StableDiffusionPipeline` does: latents are not pixels and must not be clipped like pixels.
         settings |= {"clip_sample": False} if "clip_sample" in signature(scheduler_class).parameters else {}
         scheduler = scheduler_class.from_config(settings)
@@ -127,26 +145,26 @@ class StableDiffusion(DiffusersModel):
         return scheduler
 
     @override
-    def _load(self, source: ModelSource) -> None:
+    def _load(self, location: Location) -> None:
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        self.scheduler = self._build_scheduler(source)
-        name, weights = source.name, self._weights(source)
-        with self._loading(source):
-            self.tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **source.options)
+        self.scheduler = self._build_scheduler(location)
+        source, weights = location.source, self._weights(location)
+        with quiet():
+            self.tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **location.options)
             # Without a vocabulary file, transformers builds one of special tokens alone.
             if len(self.tokenizer) <= 3:
-                raise OSError(f"no vocabulary in the sub-folder tokenizer of {name}")
-            self.text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **weights)
-            self.vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **weights)
-            self.unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **weights)
+                raise OSError(f"no vocabulary in the sub-folder tokenizer of {source}")
+            self.text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **weights)
+            self.vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
+            self.unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
         self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
+        self.freeze()
 
-    @override
     def freeze(self) -> None:
         """Freeze the networks, make their calls cheap, and compile the transformer blocks if requested."""
-        super().freeze()
+        self.requires_grad_(False).eval()
         for network in (self.vae, self.unet):
             network.to(memory_format=torch.channels_last)  # convolutions are faster this way
             forget_inputs(network)
@@ -158,12 +176,9 @@ class StableDiffusion(DiffusersModel):
             self.unet.compile_repeated_blocks(dynamic=True)
 
     def _latent_size(self) -> tuple[int, int]:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if self.resolution is None:
             return (self.unet.config.sample_size,) * 2
-        if self.resolution < factor or self.resolution % factor:
-            raise ValueError(f"`resolution` must be a multiple of {factor} for this model, but got {self.resolution}")
-        return (self.resolution // factor,) * 2
+        return (self.resolution // downsampling(self.vae.config.block_out_channels),) * 2
 
     @override
     def encode(self, prompts: Sequence[str]) -> Tensor:

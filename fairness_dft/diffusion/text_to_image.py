@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fairness_dft.networks.frozen import FrozenNetwork
 
 
-class TextToImage(nn.Module, ABC):
+class TextToImage(FrozenNetwork, ABC):
     """A frozen text-to-image diffusion model.
 
     Attributes:
@@ -18,25 +20,11 @@ class TextToImage(nn.Module, ABC):
         trainable: Whether the model can be finetuned; if not, it can only be audited.
     """
 
+    what = "text-to-image model"
     scheduler: Any
     latent_shape: tuple[int, int, int]
     prefix: str = ""
     trainable = True
-
-    def check(self) -> None:  # noqa: B027  a model that reads no files can always be loaded
-        """Reject a model that cannot be loaded, without loading it; this changes nothing.
-
-        Raises:
-            ValueError: If the model cannot be found, or its settings do not fit.
-        """
-
-    @abstractmethod
-    def load(self) -> None:
-        """Load the weights, which the constructor does not; a second call does nothing.
-
-        Raises:
-            ValueError: If the model cannot be loaded, or its settings do not fit.
-        """
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -125,7 +113,3 @@ class TextToImage(nn.Module, ABC):
         for latent, seed in zip(noise, seeds.tolist(), strict=True):
             latent.normal_(generator=torch.Generator().manual_seed(seed))
         return noise.to(next(self.parameters()).device)
-
-    def train(self, mode: bool = True) -> "TextToImage":
-        """Stay in evaluation mode, because a frozen model has no dropout to turn on."""
-        return super().train(False)

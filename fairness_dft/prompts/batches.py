@@ -131,7 +131,7 @@ class TrainingPromptLoader(PromptLoader):
     ) -> None:
         super().__init__(prompts, "train", **loader)
         self.noise_pool = noise_pool
-        self.slots = np.repeat(np.arange(len(prompts)), repeats)
+        self.slots: NDArray[np.int64] = np.repeat(np.arange(len(prompts)), repeats)
         self.next_batch = start
 
     @override

@@ -71,11 +71,11 @@ class PromptList:
         Raises:
             ValueError: If the file cannot be read or is malformed.
         """
-        path = resolve(path)
-        if path.suffix.lower() == ".json":
-            return cls(path, _parse(path))
-        prompts = tuple(Prompt(line, line, path.stem) for line in lines(path))
-        return cls(path, dict.fromkeys(SPLITS, prompts))
+        file = resolve(path)
+        if file.suffix.lower() == ".json":
+            return cls(file, _parse(file))
+        prompts = tuple(Prompt(line, line, file.stem) for line in lines(file))
+        return cls(file, dict.fromkeys(SPLITS, prompts))
 
     def split(self, name: str) -> tuple[Prompt, ...]:
         """Return the prompts of a split.

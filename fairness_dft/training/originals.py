@@ -1,10 +1,10 @@
-"""What training needs to know of the frozen model's images, remembered from one visit to the next.
+"""A cache of what training needs of the original images.
 
-The image o of the frozen model, from the same prompt and noise as the trained model's x, never changes, and training
-needs a few kilobytes of it: embeddings, class, box. In memory they last for a run. In a folder they last for all runs
-that sample the same images and look at them with the same networks: the name of an image's file hashes everything that
-it depends on, the content of the networks included, so that another model never meets them. Files are complete or not
-there at all, whatever processes share the folder and whenever one of them dies.
+The image o of the original model, from the same prompt and noise as the trained model's x, never changes, and training
+needs a few kilobytes of it: embeddings, class, box. In memory the cache lasts for a run. In a folder it lasts for all
+runs that sample the same images and measure them with the same networks: the name of an image's file hashes everything
+that it depends on, including the content of the networks. Files are complete or missing, even if several processes
+share the folder and one of them dies.
 """
 
 import hashlib
@@ -28,18 +28,18 @@ from fairness_dft.faces.detectors import FaceDetector
 from fairness_dft.files import replacing
 from fairness_dft.prompts.batches import PromptBatch
 
-FORMAT = 1  # of a file; another one where what is remembered is computed in another way
+FORMAT = 1  # of a file; increase it when its content is computed in another way
 PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.Size)
 
 
 @dataclass(frozen=True)
 class Original:
-    """What training needs to know of the frozen model's images o: a few kilobytes an image, not its pixels.
+    """What training needs of N original images o: a few kilobytes per image, not its pixels.
 
     Attributes:
-        verdict: what the judge sees in them.
-        features: the embeddings by each feature network, with shapes (N, D).
-        faces: the embeddings of the aligned faces, with shape (N, D); None without face realism.
+        verdict: What the classifier sees in them.
+        features: The embeddings by each feature network, with shapes (N, D).
+        faces: The embeddings of the aligned faces, with shape (N, D); None without face realism.
     """
 
     verdict: Verdict
@@ -47,20 +47,20 @@ class Original:
     faces: Tensor | None = None
 
     def to(self, device: torch.device) -> "Original":
-        """The same on another device."""
+        """Return a copy on another device."""
         return Original.from_tensors({name: values.to(device) for name, values in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, each with one row an image."""
-        found = {f"logits.{name}": values for name, values in self.verdict.logits.items()}
-        found |= {"face": self.verdict.has_face, "boxes": self.verdict.boxes}
-        found |= {f"features.{place}": values for place, values in enumerate(self.features)}
+        """Return all tensors by name, each with one row per image."""
+        tensors = {f"logits.{name}": values for name, values in self.verdict.logits.items()}
+        tensors |= {"face": self.verdict.has_face, "boxes": self.verdict.boxes}
+        tensors |= {f"features.{place}": values for place, values in enumerate(self.features)}
         optional = {"landmarks": self.verdict.landmarks, "faces": self.faces}
-        return found | {name: values for name, values in optional.items() if values is not None}
+        return tensors | {name: values for name, values in optional.items() if values is not None}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Original":
-        """What `tensors` took apart."""
+        """Build the original from what `tensors` returned."""
         logits = {name.removeprefix("logits."): tensors[name] for name in tensors if name.startswith("logits.")}
         verdict = Verdict(logits, tensors["face"], tensors["boxes"], tensors.get("landmarks"))
         places = range(sum(name.startswith("features.") for name in tensors))
@@ -68,24 +68,24 @@ class Original:
 
 
 class OriginalStore:
-    """Originals on disk, one file an image.
+    """Originals on disk, one file per image.
 
     Args:
-        folder: where they lie; made where it is missing.
-        depends_on: everything but prompt, noise and number of steps that an original depends on, as one text.
+        folder: Where the files are; `prepare` creates it.
+        depends_on: Everything that an original depends on, except prompt, noise and number of steps, as one text.
     """
 
     def __init__(self, folder: Path, depends_on: str) -> None:
         self.folder, self.depends_on = folder, depends_on
 
     def files(self, prompt: str, seeds: Sequence[int], steps: int) -> list[Path]:
-        """The file of each image, whether it is there or not."""
+        """Return the file of each image, whether it exists or not."""
         keys = [json.dumps([FORMAT, self.depends_on, prompt, steps, seed]) for seed in seeds]
         names = [hashlib.blake2b(key.encode(), digest_size=20).hexdigest() for key in keys]
         return [self.folder / name[:2] / f"{name[2:]}.safetensors" for name in names]
 
     def read(self, prompt: str, seeds: Sequence[int], steps: int, device: torch.device) -> Original | None:
-        """The originals of all these seeds, in their order; None if one of them is missing or cannot be read."""
+        """Return the originals of all seeds, in their order; None if one is missing or cannot be read."""
         try:
             rows = [load_file(file) for file in self.files(prompt, seeds, steps)]
             stacked = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
@@ -121,18 +121,18 @@ class OriginalStore:
             raise self.refusal(error) from None
 
     def refusal(self, error: Exception) -> ValueError:
-        """One line about a folder that cannot be written."""
+        """Return an error, in one line, about a folder that cannot be written."""
         reason = str(error).partition("\n")[0]
         return ValueError(
             f"--model.originals_folder: cannot write {str(self.folder)!r} ({reason}); choose another folder, or leave "
-            "the setting out, and what is known of the original images is remembered for one run"
+            "the setting out to cache the original images for one run only"
         )
 
     def write(self, prompt: str, seeds: Sequence[int], steps: int, original: Original) -> None:
-        """Keep what is known of these images.
+        """Write the originals, one file for each seed.
 
         Raises:
-            ValueError: if the folder cannot be written.
+            ValueError: If the folder cannot be written.
         """
         tensors = {name: values.detach().cpu() for name, values in original.tensors().items()}
         try:
@@ -144,52 +144,52 @@ class OriginalStore:
 
 
 class Originals:
-    """What is remembered of originals, in memory for a run, and on disk for all runs if there is a store.
+    """The cache of originals: in memory for a run, and on disk for all runs if there is a store.
 
     Attributes:
-        known: those met in this run, on the CPU, as they would fill a GPU.
-        store: those on disk.
+        cached: The originals of this run, on the CPU, because they would fill a GPU.
+        store: The originals on disk.
     """
 
     def __init__(self) -> None:
-        self.known: dict[tuple[str, tuple[int, ...], int], Original] = {}
+        self.cached: dict[tuple[str, tuple[int, ...], int], Original] = {}
         self.store: OriginalStore | None = None
 
     def get(self, batch: PromptBatch, steps: int, device: torch.device) -> Original | None:
-        """What is known of the images of this prompt, noise and number of steps; None if that is nothing."""
+        """Return the originals of this prompt, noise and number of steps; None if they are not cached."""
         key = self.key(batch, steps)
-        original = self.known.get(key)
+        original = self.cached.get(key)
         if original is None and self.store and batch.is_repeated:
             original = self.store.read(*key, torch.device("cpu"))
             if original is not None:
-                self.known[key] = original
+                self.cached[key] = original
         return None if original is None else original.to(device)
 
     def put(self, batch: PromptBatch, steps: int, original: Original) -> None:
-        """Keep what is known of these images, if the same noise is_repeated.
+        """Cache the originals, if the same noise is repeated.
 
         Raises:
-            ValueError: if the folder of the store cannot be written.
+            ValueError: If the folder of the store cannot be written.
         """
         if not batch.is_repeated:
             return
         key = self.key(batch, steps)
-        self.known[key] = original.to(torch.device("cpu"))
+        self.cached[key] = original.to(torch.device("cpu"))
         if self.store:
-            self.store.write(*key, self.known[key])
+            self.store.write(*key, self.cached[key])
 
     def key(self, batch: PromptBatch, steps: int) -> tuple[str, tuple[int, ...], int]:
-        """What the images depend on, besides the networks."""
+        """Return what the images depend on, in addition to the networks."""
         return batch.prompt.text, tuple(batch.seeds.tolist()), steps
 
 
 def content_of(*parts: Any) -> str:
-    """Hashes networks by what they compute: classes, settings, weights, and the files of face detectors.
+    """Hash networks by what they compute: classes, settings, weights, and the files of face detectors.
 
     Args:
-        parts: loaded networks, or settings. Of this project's objects all public attributes count, of a class that
-            is derived from them elsewhere all attributes and its source, of transformers' and diffusers' objects their
-            configuration and weights, of anything else its class.
+        parts: Loaded networks, or settings. All public attributes count for objects of this project; all attributes
+            and the source for classes that are derived from them elsewhere; configuration and weights for objects of
+            transformers and diffusers; the class alone for anything else.
 
     Returns:
         A hexadecimal digest.
@@ -203,7 +203,7 @@ def content_of(*parts: Any) -> str:
 
 
 def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
-    """Bytes that tell `value` from others."""
+    """Yield bytes that differ between different values."""
     if isinstance(value, PLAIN):
         yield f"{type(value).__name__}:{value!r};".encode()
     elif isinstance(value, Tensor):
@@ -222,7 +222,7 @@ def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
             yield from _pieces(item, seen)
     elif id(value) not in seen:
         seen.add(id(value))
-        derived = [kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] == "fairness_dft"]
+        derived = [cls for cls in type(value).__mro__ if cls.__module__.partition(".")[0] == "fairness_dft"]
         yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
         if isinstance(value, nn.Module):
             yield from _pieces(dict(value._parameters) | dict(value._buffers) | dict(value._modules), seen)
@@ -241,9 +241,9 @@ def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
             yield from _pieces(getattr(value.config, "to_dict", lambda: dict(value.config))(), seen)
 
 
-def _source(kind: type) -> bytes:
-    """The text of a class, where it is in a file."""
+def _source(cls: type) -> bytes:
+    """Return the source of a class; empty if it is not in a file."""
     try:
-        return inspect.getsource(kind).encode()
+        return inspect.getsource(cls).encode()
     except (OSError, TypeError):
         return b""

@@ -39,7 +39,7 @@ def exported() -> dict[str, type]:
     }
 
 
-@pytest.mark.parametrize("base", {*CHOICES.values(), *CLASSIFIER_CHOICES.values()})
+@pytest.mark.parametrize("base", sorted({*CHOICES.values(), *CLASSIFIER_CHOICES.values()}))
 def test_every_class_that_may_be_chosen_is_listed(base: str) -> None:
     classes = exported()
     expected = {name for name, cls in classes.items() if issubclass(cls, classes[base]) and cls is not classes[base]}

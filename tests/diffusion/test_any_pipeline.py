@@ -103,7 +103,8 @@ def test_finetuning_is_rejected() -> None:
 
 def test_a_folder_without_a_pipeline_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"^Could not load .*no file named model_index\.json.*\)\. Give a local"
+        ValueError,
+        match=r"^the text-to-image model .* could not be loaded \(there is no file 'model_index.json'\): give a local",
     ) as error:
         AnyPipeline(str(tmp_path)).check()
     assert "\n" not in str(error.value)

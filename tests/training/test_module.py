@@ -245,7 +245,7 @@ def test_originals_are_remembered_where_their_noise_recurs_and_change_nothing(mo
     assert losses[0] == losses[2] != losses[1] and len(looked) == 2
     module.training_step(replace(first, noise_set=None, seeds=first.seeds + 1), 0)
     module.training_step(replace(first, noise_set=None, seeds=first.seeds + 1), 0)
-    assert len(looked) == 4 and len(module.originals.known) == 2
+    assert len(looked) == 4 and len(module.originals.cached) == 2
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -274,8 +274,8 @@ def test_originals_share_calls_without_a_graph_if_the_network_is_the_same(adapte
         assert sampled[0] == [4 * images] * 3
     else:
         assert sampled[0] == [2 * images] * 6  # of the two, one call has a graph
-    [together] = module.originals.known.values()
-    module.originals.known.clear()
+    [together] = module.originals.cached.values()
+    module.originals.cached.clear()
     noise, steps = module.generator.noise(batch.seeds), module.draw_steps(batch, module.randomness())
     apart = module.original(batch, noise, steps)
     for name, values in apart.tensors().items():
@@ -427,7 +427,7 @@ def test_remembered_originals_keep_their_faces(realism_files, monkeypatch):
         record(monkeypatch, module, logged)
         gradients = torch.autograd.grad(module.training_step(batch, 0), module.adapter.parameters())
         results.append((logged, gradients))
-    [original] = module.originals.known.values()
+    [original] = module.originals.cached.values()
     assert original.faces.shape == (8, 8) and not original.faces.requires_grad
     assert results[1][0] == pytest.approx(results[0][0]) and results[0][0]["loss/face"] > 0
     for again, first in zip(*(result[1] for result in results), strict=True):
