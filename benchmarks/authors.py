@@ -5,7 +5,7 @@ the targets are assigned to; with the frozen model and no graph, for what images
 model and a graph, one micro-batch after the other, each with its own loss and its own backward pass. The U-Net and the
 VAE keep the inputs of their blocks and compute the blocks again (gradient checkpointing of diffusers), latents are
 detached before they enter the U-Net, and a hook scales the gradient of each prediction. The losses and how they are
-normalised are ours, so that gradients can be compared.
+normalized are ours, so that gradients can be compared.
 
 References:
     The authors' published code: https://github.com/sail-sg/finetune-fair-diffusion
@@ -48,7 +48,7 @@ def sample(module: FairnessLoss, prompt: str, noise: Tensor, steps: int) -> Tens
 
 
 class GroupNormThenSiLU(GroupNormSiLU):
-    """Keeps what a group normalisation and an activation after it keep."""
+    """Keeps what a group normalization and an activation after it keep."""
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def draw(curves: dict[int, list[Curve]], floor: float, file: Path) -> None:
             (line,) = panel.plot(across, [statistics.mean(column) for column in biases], marker="o", label=label(count))
             for seed in zip(*biases, strict=True):
                 panel.plot(across, seed, color=line.get_color(), alpha=0.3, linewidth=0.8)
-        panel.axhline(floor, color="grey", linestyle=":", label="floor")
+        panel.axhline(floor, color="gray", linestyle=":", label="floor")
         panel.set(xlabel=name, xlim=(0, None), ylim=(0, None))
     panels[0].set(ylabel="gender bias on validation prompts")
     panels[1].legend(title="steps that\ncarry gradient", loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)

@@ -125,7 +125,7 @@ def draw(module: FairFinetuning, prompt: str, settings: Settings, output: Path, 
     for model, name in models:
         with module.adapter.using(model):
             if truncated_text := generator.truncated_text(prompt):
-                message = f"the text encoder of the {name} model cuts the end of a prompt: {truncated_text!r}"
+                message = f"the text encoder of the {name} model does not read the end of a prompt: {truncated_text!r}"
                 print(f"warning: {message}", file=sys.stderr)
             chunks = [sampler(generator, prompt, generator.noise(chunk), steps) for chunk in torch.split(seeds, BATCH)]
         drawn[model] = torch.cat(chunks).float()

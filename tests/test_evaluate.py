@@ -66,7 +66,7 @@ def test_an_audit_says_what_the_test_of_a_finetuning_says(run: Path, audit: Path
     )
     for measure, models in json.loads((run / "results.json").read_text())["kept"].items():
         found = json.loads((audit / "results.json").read_text())["kept"][measure]
-        assert found == pytest.approx(models, abs=0.01, rel=0.01)  # of pictures in whole grey levels
+        assert found == pytest.approx(models, abs=0.01, rel=0.01)  # of pictures in whole gray levels
 
 
 def test_rows_of_the_table_are_the_results(audit: Path) -> None:

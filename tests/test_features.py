@@ -175,13 +175,13 @@ def insightface_embeddings(file: Path, pictures: Tensor) -> Tensor:
     return normalize(torch.from_numpy(found), dim=1)
 
 
-@pytest.mark.parametrize("normalises", [False, True])
-def test_face_embeddings_are_those_of_insightface(arcface: Path, tmp_path: Path, normalises: bool) -> None:
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_face_embeddings_are_those_of_insightface(arcface: Path, tmp_path: Path, normalizes: bool) -> None:
     file = arcface
-    if normalises:  # as mxnet exported: the network itself takes 127.5 off and divides
+    if normalizes:  # as mxnet exported: the network itself takes 127.5 off and divides
         import onnx
 
-        model, file = onnx.load(arcface), tmp_path / "normalises.onnx"
+        model, file = onnx.load(arcface), tmp_path / "normalizes.onnx"
         for name, value in (("shift", 127.5), ("factor", 1 / 127.5)):
             model.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [1], [value]))
         model.graph.node[0].input[0] = "prepared"
@@ -261,9 +261,9 @@ def test_face_embedding_refuses_other_networks(tmp_path: Path) -> None:
 
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 1, 28, 28]) for n in "ab"]
     graph = helper.make_graph([helper.make_node("Relu", ["a"], ["b"])], "g", values[:1], values[1:])
-    onnx.save(helper.make_model(graph), tmp_path / "grey.onnx")
+    onnx.save(helper.make_model(graph), tmp_path / "gray.onnx")
     with pytest.raises(ValueError, match=r"must read square color images, but its input is \[1, 1, 28, 28\]"):
-        FaceEmbedding(str(tmp_path / "grey.onnx")).load()
+        FaceEmbedding(str(tmp_path / "gray.onnx")).load()
     for output, shape, message in (
         ("b", [2, 3, 28, 28], "must give one embedding per face"),
         ("c", None, "could not be loaded"),

@@ -121,7 +121,7 @@ def test_without_its_judge_a_run_still_draws(run: Path, tmp_path: Path, capsys: 
     config["model"]["judge"]["classifier"]["init_args"]["path"] = "no/such/classifier"
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     main([f"--run={copied}", "--prompts=a chef", "--images=2", f"--output={tmp_path / 'new'}"])
-    assert "warning: the overview has no colours" in capsys.readouterr().err
+    assert "warning: the overview has no colors" in capsys.readouterr().err
     assert len(list((tmp_path / "new").rglob("*.png"))) == 5
 
 

@@ -173,7 +173,7 @@ def transport_cost(*probabilities: np.ndarray) -> np.ndarray:
 def relative_to_target(probabilities: np.ndarray, distribution: np.ndarray) -> np.ndarray:
     """Probabilities as they would be had the classes been equally likely instead of as the target has them.
 
-    p_k / D_k, normalised: what is as likely as its share in the target becomes as likely as every other class.
+    p_k / D_k, normalized: what is as likely as its share in the target becomes as likely as every other class.
     Without it, where the target is 75 % young, an image that is old with probability 0.3 counts as clearly
     young, although that is more than the target's share. A uniform target changes nothing.
 

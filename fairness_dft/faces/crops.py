@@ -32,12 +32,12 @@ def square_crops(images: Tensor, boxes: Tensor, size: int, margin: float = 0.5) 
     Returns:
         Crops, with shape (N, 3, size, size).
     """
-    centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (1 + margin) * (boxes[:, 2:] - boxes[:, :2]).amax(1)
+    centers, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (1 + margin) * (boxes[:, 2:] - boxes[:, :2]).amax(1)
     # A sample is interpolated between two by two pixels.
     finer = max(1, math.ceil(float(sides.max()) / (2 * size))) if len(sides) else 1
     scales = finer * size / sides
     # An image's first pixel lies at 0 and covers half a unit to each side.
-    shifts = finer * size / 2 - 0.5 - scales[:, None] * (centres - 0.5)
+    shifts = finer * size / 2 - 0.5 - scales[:, None] * (centers - 0.5)
     zeros = torch.zeros_like(scales)
     rows = [torch.stack([scales, zeros, shifts[:, 0]], 1), torch.stack([zeros, scales, shifts[:, 1]], 1)]
     transforms = torch.stack(rows, 1).to(images.device, non_blocking=True)

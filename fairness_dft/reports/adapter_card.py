@@ -64,7 +64,7 @@ def adapter_card(facts: CardFacts, results: Results | None, adapter: Path, scale
         "## Use\n\n" + usage(facts.adapter, base, merged),
         "## Figures\n\n" + figures(results, adapter, scale),
         "## Limits\n\n" + limits(results),
-        "## Licences\n\n" + licences(facts),
+        "## Licenses\n\n" + licenses(facts),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -169,14 +169,14 @@ def limits(results: Results | None) -> str:
 - Balanced images do not make a use of images fair."""
 
 
-def licences(facts: CardFacts) -> str:
-    """Return which licences apply."""
-    sentences = [f"The licence of the base model, `{facts.base}`, applies to this adapter."]
+def licenses(facts: CardFacts) -> str:
+    """Return which licenses apply."""
+    sentences = [f"The license of the base model, `{facts.base}`, applies to this adapter."]
     if named := ", ".join(f"`{path}`" for path in facts.learned_from):
-        sentences.append(f"Finetuning learned from {named}, whose own licences apply.")
+        sentences.append(f"Finetuning learned from {named}, whose own licenses apply.")
     if facts.compares_faces:
         sentences.append(
-            "Finetuning compared faces by a face-recognition network, whose licence may be non-commercial."
+            "Finetuning compared faces by a face-recognition network, whose license may be non-commercial."
         )
     if facts.uses_insightface:
         sentences.append(

@@ -303,7 +303,7 @@ def test_resizing_is_pils_with_antialiasing(tmp_path: Path, size: tuple[int, int
     pixels = picture(*size) // 2 + 64  # PIL clips what a cubic overshoots
     expected = np.asarray(Image.fromarray(pixels).resize((16, 16), resample))
     prepare = preprocessing(tmp_path, image_mean=[0.0] * 3, image_std=[1.0] * 3, resample=int(resample))
-    # PIL rounds to whole grey levels after each of its two passes.
+    # PIL rounds to whole gray levels after each of its two passes.
     torch.testing.assert_close(prepare(as_image(pixels)), as_image(expected), rtol=0, atol=1.5 / 255)
 
 

@@ -1,4 +1,4 @@
-"""Data sets of labelled faces, in miniature copies of their layouts."""
+"""Data sets of labeled faces, in miniature copies of their layouts."""
 
 import shutil
 from pathlib import Path

@@ -99,7 +99,7 @@ class TestSquareCrops:
         box = torch.tensor([[6.0, 4.0, 16.0, 14.0]])
         crops = square_crops(images, box, size, margin=0)
         expected = torch.from_numpy(cv2.resize(slice_, (size, size), interpolation=cv2.INTER_LINEAR))
-        inner = slice(size // 10 + 1, -(size // 10) - 1)  # at its own edge the slice knows no neighbours
+        inner = slice(size // 10 + 1, -(size // 10) - 1)  # at its own edge the slice knows no neighbors
         assert_close(crops[0, :, inner, inner].permute(1, 2, 0), expected[inner, inner], rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("factor", [2, 4, 6])

@@ -104,7 +104,7 @@ def test_a_convolution_that_learns_has_its_gradient(learned: str) -> None:
     assert_close(found[1], found[0])
 
 
-def normalisation(**options) -> tuple[nn.Module, GroupNormSiLU]:
+def normalization(**options) -> tuple[nn.Module, GroupNormSiLU]:
     """PyTorch's, and ours with the same weights."""
     plain = nn.GroupNorm(2, 4, **options).requires_grad_(False)
     for parameter in plain.parameters():
@@ -117,14 +117,14 @@ def normalisation(**options) -> tuple[nn.Module, GroupNormSiLU]:
 @pytest.mark.parametrize("options", [{}, dict(affine=False), dict(eps=0.1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_normalisation_with_its_activation_is_pytorchs(options: dict, layout: torch.memory_format) -> None:
-    plain, ours = normalisation(**options)
+    plain, ours = normalization(**options)
     inputs = torch.randn(2, 4, 6, 5).to(memory_format=layout).requires_grad_()
     assert_close(ours(inputs), plain(inputs))
     assert_close(gradient_of(ours(inputs), inputs), gradient_of(plain(inputs), inputs))
 
 
 def test_of_a_normalisation_only_the_inputs_are_kept() -> None:
-    plain, ours = normalisation()
+    plain, ours = normalization()
     inputs = torch.randn(2, 4, 8, 8, requires_grad=True)
     statistics = 2 * 2 * 2 * inputs.element_size()  # mean and deviation of each group
     assert kept_by(lambda: plain(inputs))[1] == 2 * inputs.nbytes + statistics
@@ -132,7 +132,7 @@ def test_of_a_normalisation_only_the_inputs_are_kept() -> None:
 
 
 def test_where_activations_are_kept_a_normalisation_keeps_what_pytorchs_does() -> None:
-    plain, ours = normalisation()
+    plain, ours = normalization()
     inputs = torch.randn(2, 4, 8, 8, requires_grad=True)
     with keeping_activations():
         outputs, size = kept_by(lambda: ours(inputs))
@@ -141,12 +141,12 @@ def test_where_activations_are_kept_a_normalisation_keeps_what_pytorchs_does() -
 
 
 def test_its_gradient_is_that_of_finite_differences_too() -> None:
-    _, ours = normalisation()
+    _, ours = normalization()
     assert torch.autograd.gradcheck(ours.double(), torch.randn(1, 4, 3, 3, dtype=torch.double, requires_grad=True))
 
 
 def test_a_normalisation_that_learns_has_its_gradient() -> None:
-    plain, ours = normalisation()
+    plain, ours = normalization()
     inputs = torch.randn(2, 4, 8, 8, requires_grad=True)
     found = []
     for layer in (plain, ours):
@@ -155,7 +155,7 @@ def test_a_normalisation_that_learns_has_its_gradient() -> None:
     assert_close(found[1], found[0])
 
 
-@pytest.mark.parametrize("kind", [normalisation, lambda: frozen_convolution(kernel_size=3, padding=1)])
+@pytest.mark.parametrize("kind", [normalization, lambda: frozen_convolution(kernel_size=3, padding=1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frozen_layers_under_autocast_are_pytorchs(kind: Callable, dtype: torch.dtype) -> None:
     plain, ours = kind()
@@ -199,7 +199,7 @@ def test_the_decoder_is_that_of_diffusers(decoders) -> None:
 
 
 def test_the_decoder_keeps_less_than_two_fifths(decoders) -> None:
-    """Of a residual block: the inputs of two normalisations, not those of SiLU and convolutions too."""
+    """Of a residual block: the inputs of two normalizations, not those of SiLU and convolutions too."""
     latents = torch.randn(2, 4, 8, 8, requires_grad=True)
     plain, ours = (kept_by(lambda vae=vae: vae.decode(latents).sample)[1] for vae in decoders)
     assert 0.2 * plain < ours < 0.4 * plain

@@ -18,19 +18,19 @@ from fairness_dft.reports.grid import (
     layout,
 )
 
-GREYS = (40, 90, 140, 190, 240)
+GRAYS = (40, 90, 140, 190, 240)
 CLASSES = ("man", "woman")
 
 
-def plain(grey: int) -> Tensor:
-    return torch.full((3, 8, 8), grey / 255)
+def plain(gray: int) -> Tensor:
+    return torch.full((3, 8, 8), gray / 255)
 
 
 def row(classes: dict[str, list[int]]) -> GridRow:
     """One prompt whose i-th image is plain gray number i; a class of -1 stands for no face."""
     sides = {}
     for model, of in classes.items():
-        images = torch.stack([plain(grey) for grey, _ in zip(GREYS, of, strict=False)])
+        images = torch.stack([plain(gray) for gray, _ in zip(GRAYS, of, strict=False)])
         sides[model] = GridSide(images, torch.tensor(of)[:, None], torch.tensor(of) >= 0)
     return GridRow("a chef", sides)
 
@@ -68,7 +68,7 @@ def test_a_column_is_one_noise_and_columns_stand_by_class(
     rows = [row({"original": before, "ema": after}), row({"original": after, "ema": before})]
     picture = comparison_grid(rows, {"gender": (*CLASSES, "other")})
     for line, labels in enumerate((before, after)):
-        assert drawn(picture, rows, 0, line) == [(*(GREYS[i],) * 3, color(labels[i])) for i in order]
+        assert drawn(picture, rows, 0, line) == [(*(GRAYS[i],) * 3, color(labels[i])) for i in order]
     above, below = (drawn(picture, rows, 1, line) for line in (0, 1))
     assert [tile[:3] for tile in above] == [tile[:3] for tile in below]
     assert picture.getpixel((picture.width - 1, picture.height - 1)) == (255, 255, 255)
@@ -76,14 +76,14 @@ def test_a_column_is_one_noise_and_columns_stand_by_class(
 
 def test_each_attribute_has_a_bar_and_a_line_of_the_legend_and_orders_the_images() -> None:
     classes = torch.tensor([[1, 0], [0, 1], [0, 0], [1, 1]])
-    images = torch.stack([plain(grey) for grey in GREYS[:4]])
+    images = torch.stack([plain(gray) for gray in GRAYS[:4]])
     face = torch.tensor([True, True, True, False])
     side = GridSide(images, classes, face)
     rows = [GridRow("a chef", {"original": side, "trained": side, "ema": side})]
     picture = comparison_grid(rows, {"gender": CLASSES, "age": ("young", "old")})
     for model in range(3):
         expected = [
-            (*(GREYS[i],) * 3, *(color(int(classes[i, bar]) if face[i] else -1) for bar in range(2)))
+            (*(GRAYS[i],) * 3, *(color(int(classes[i, bar]) if face[i] else -1) for bar in range(2)))
             for i in (2, 1, 0, 3)
         ]
         assert drawn(picture, rows, 0, model) == expected
