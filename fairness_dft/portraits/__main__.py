@@ -7,11 +7,11 @@ what the earlier ones wrote, so that a single stage can be run again with `--onl
 import argparse
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from transformers import CLIPTokenizer
 from transformers.utils import logging
 
@@ -27,17 +27,18 @@ from fairness_dft.portraits.world import DATA, training_subjects
 
 def vae_of(folder: Path) -> AutoencoderKL:
     """Load the trained autoencoder."""
-    return AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", torch_dtype=torch.float32).eval()
+    vae: AutoencoderKL = AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", torch_dtype=torch.float32).eval()
+    return vae
 
 
-def autoencoder(folder: Path, scale: float) -> dict:
+def autoencoder(folder: Path, scale: float) -> Mapping[str, object]:
     """Train the variational autoencoder."""
     model, figures = train_autoencoder(draw_portraits(int(20_000 * scale), seed=1), int(2_200 * scale), seed=1)
     save_half(model, folder / "pipeline" / "vae")
     return figures
 
 
-def generator(folder: Path, scale: float) -> dict:
+def generator(folder: Path, scale: float) -> Mapping[str, object]:
     """Train text encoder and U-Net, and save the whole pipeline."""
     portraits = draw_portraits(int(60_000 * scale), seed=2)
     pipeline, figures = train_generator(vae_of(folder), portraits, int(14_000 * scale), seed=2)
@@ -45,38 +46,38 @@ def generator(folder: Path, scale: float) -> dict:
     return figures
 
 
-def training_classifier(folder: Path, scale: float) -> dict:
+def training_classifier(folder: Path, scale: float) -> Mapping[str, object]:
     """Train the classifier that finetuning learns from."""
     return train_classifier("training", vae_of(folder), folder / "classifier_training", scale)
 
 
-def evaluation_classifier(folder: Path, scale: float) -> dict:
+def evaluation_classifier(folder: Path, scale: float) -> Mapping[str, object]:
     """Train the classifier that only evaluates; it also names the subject."""
     return train_classifier("evaluation", vae_of(folder), folder / "classifier_evaluation", scale)
 
 
-def detector(folder: Path, scale: float) -> dict:
+def detector(folder: Path, scale: float) -> Mapping[str, object]:
     """Train the face detector."""
     return train_detector(vae_of(folder), folder, scale)
 
 
-def clip(folder: Path, scale: float) -> dict:
+def clip(folder: Path, scale: float) -> Mapping[str, object]:
     """Train the CLIP model (CLIP-T, CLIP-I)."""
     tokenizer = CLIPTokenizer.from_pretrained(folder / "pipeline" / "tokenizer")
     return train_clip(vae_of(folder), tokenizer, folder / "clip", scale)
 
 
-def dino(folder: Path, scale: float) -> dict:
+def dino(folder: Path, scale: float) -> Mapping[str, object]:
     """Train the DINO stand-in."""
     return train_dino(vae_of(folder), folder / "dino", scale)
 
 
-def bias(folder: Path, scale: float) -> dict:
+def bias(folder: Path, scale: float) -> Mapping[str, object]:
     """Measure the bias of what was trained, before any finetuning."""
     return base_bias(folder, max(4, int(48 * scale)))
 
 
-STAGES: dict[str, Callable[[Path, float], dict]] = {
+STAGES: dict[str, Callable[[Path, float], Mapping[str, object]]] = {
     "autoencoder": autoencoder,
     "generator": generator,
     "training_classifier": training_classifier,
@@ -90,7 +91,7 @@ STAGES: dict[str, Callable[[Path, float], dict]] = {
 
 def main() -> None:
     """Parse the command line and run the stages."""
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     parser = argparse.ArgumentParser(prog="python -m fairness_dft.portraits", description=__doc__)
     parser.add_argument("--output", type=Path, default=DATA, help="folder to write (default: data/portraits)")
     parser.add_argument("--only", choices=STAGES, action="append", help="run this stage alone (repeatable)")

@@ -35,7 +35,7 @@ def judges(folder: Path) -> dict[str, Judge]:
 
 
 @torch.no_grad()
-def base_bias(folder: Path, images_per_prompt: int = 48) -> dict:
+def base_bias(folder: Path, images_per_prompt: int = 48) -> dict[str, dict[str, object]]:
     """Bias of each attribute by both judges, as `BiasSummary.as_dict` gives it.
 
     Args:
@@ -59,7 +59,9 @@ def base_bias(folder: Path, images_per_prompt: int = 48) -> dict:
             verdict = judge(images)
             for attribute in ATTRIBUTES:
                 metrics[name, attribute].update(batch.index, verdict.classes(attribute), verdict.has_face)
-    figures: dict[str, dict] = {"sampler": {"steps": SAMPLER.steps, "guidance_scale": SAMPLER.guidance_scale}}
+    figures: dict[str, dict[str, object]] = {
+        "sampler": {"steps": SAMPLER.steps, "guidance_scale": SAMPLER.guidance_scale}
+    }
     figures |= {name: {} for name in both}
     for (name, attribute), metric in metrics.items():
         figures[name][attribute] = metric.compute().as_dict()

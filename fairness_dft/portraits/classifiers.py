@@ -12,9 +12,10 @@ import json
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageClassification, PretrainedConfig, ResNetConfig, ViTConfig
@@ -56,7 +57,7 @@ def architecture(which: str) -> PretrainedConfig:
     """Return the classifier's backbone: a ResNet for training, a ViT for evaluation."""
     labels = id2label(HEADS[which])
     if which == "training":
-        sizes = dict(embedding_size=24, hidden_sizes=[24, 48, 96], depths=[1, 1, 1], layer_type="basic")
+        sizes: dict[str, Any] = dict(embedding_size=24, hidden_sizes=[24, 48, 96], depths=[1, 1, 1], layer_type="basic")
         return ResNetConfig(**sizes, id2label=labels, architectures=["ResNetForImageClassification"])
     sizes = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192)
     sizes |= dict(image_size=SIZE, patch_size=8)
@@ -97,13 +98,13 @@ def write_pictures(folder: Path, which: str, autoencoder: AutoencoderKL, counts:
             known = {head: seen or head not in OF_A_FACE + OF_A_PERSON for head in heads}
             names = {head: classes[int(labels[head][i])] if known[head] else "" for head, classes in heads.items()}
             rows.append({"file": file, "split": split, **names})
-    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["file", "split", *heads])
+    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as table:
+        writer = csv.DictWriter(table, ["file", "split", *heads])
         writer.writeheader()
         writer.writerows(rows)
 
 
-def train_classifier(which: str, autoencoder: AutoencoderKL, folder: Path, scale: float) -> dict:
+def train_classifier(which: str, autoencoder: AutoencoderKL, folder: Path, scale: float) -> dict[str, object]:
     """Train the "training" or the "evaluation" classifier, test it on held-out draws, save it into a folder."""
     counts = {split: max(600, int(count * scale)) for split, count in zip(SPLITS, (24_000, 4_000, 4_000), strict=True)}
     heads, size, started = HEADS[which], SIZES[which], time.monotonic()
@@ -114,7 +115,7 @@ def train_classifier(which: str, autoencoder: AutoencoderKL, folder: Path, scale
         architecture(which).save_pretrained(backbone)
         (backbone / "preprocessor_config.json").write_text(json.dumps(preprocessor(size)), encoding="utf-8")
         settings = EXPERIMENTS / f"portraits_{which}.yaml"
-        flags = {"model.backbone": backbone, "data.init_args.folder": drawn, "output": trained}
+        flags: dict[str, Path | int] = {"model.backbone": backbone, "data.init_args.folder": drawn, "output": trained}
         if scale < 1:
             flags["trainer.max_epochs"] = 1
         train([f"--config={settings}", *(f"--{flag}={value}" for flag, value in flags.items())])

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 
@@ -189,7 +190,7 @@ def export(network: Scrfd | YuNetLayout, file: Path) -> None:
         )
 
 
-def train_detector(autoencoder: AutoencoderKL, folder: Path, scale: float) -> dict:
+def train_detector(autoencoder: AutoencoderKL, folder: Path, scale: float) -> dict[str, object]:
     """Train the detector, write both layouts into a folder, and measure them on held-out draws."""
     faces = draw_faces(int(16_000 * scale), 51)
     decoded = reconstruct(autoencoder, faces.images(slice(0, None, 4)))
@@ -210,7 +211,7 @@ def train_detector(autoencoder: AutoencoderKL, folder: Path, scale: float) -> di
     (folder / SCRFD_FOLDER).mkdir(parents=True, exist_ok=True)
     export(Scrfd(detector), folder / SCRFD_FOLDER / "scrfd.onnx")
     export(YuNetLayout(detector), folder / YUNET_FILE)
-    figures = {"parameters": count_parameters(detector), "steps": steps, "seconds": round(seconds)}
+    figures: dict[str, object] = {"parameters": count_parameters(detector), "steps": steps, "seconds": round(seconds)}
     test = draw_faces(max(200, int(2_000 * scale)), 52)
     decoded = reconstruct(autoencoder, test.images(slice(None)))
     scrfd, yunet = InsightFace(str(folder / SCRFD_FOLDER), size=(SIZE, SIZE)), YuNet(str(folder / YUNET_FILE))
@@ -254,7 +255,7 @@ def detection_figures(detector: FaceDetector, truth: FacePictures, images: Tenso
     }
 
 
-def overlap(box: np.ndarray, other: np.ndarray) -> float:
+def overlap(box: NDArray[np.floating], other: NDArray[np.floating]) -> float:
     """Intersection over union of two boxes."""
     sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
     shared = np.prod(sides.clip(0))

@@ -7,10 +7,13 @@ the method something to learn from that two cores can train and that anybody can
 Everything is drawn at four times the size and scaled down, which is what smooths the edges.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 SIZE = 64
@@ -90,9 +93,9 @@ class Drawing:
             shape (5, 2); None if no face is seen.
     """
 
-    picture: np.ndarray
-    box: np.ndarray | None = None
-    landmarks: np.ndarray | None = None
+    picture: NDArray[np.uint8]
+    box: NDArray[np.float64] | None = None
+    landmarks: NDArray[np.float64] | None = None
 
 
 def draw(appearance: Appearance, random: Generator, anywhere: bool = False) -> Drawing:
@@ -151,16 +154,16 @@ class Pen:
     def shade(self, colour: Colour, spread: float, wash: float = 0.0) -> Colour:
         """Jitter a colour by a normal `spread` (0 to 255) and mix it with `wash` (0 to 1) of light grey."""
         jittered = np.asarray(colour) * (1 - wash) + 215 * wash + self.random.normal(0, spread, 3)
-        return tuple(int(c) for c in np.clip(jittered, 0, 255))
+        return cast(Colour, tuple(int(c) for c in np.clip(jittered, 0, 255)))
 
-    def points(self, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    def points(self, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         """Portrait coordinates to canvas pixels."""
         s = OVERSAMPLING
         return [
             (((x - 32) * self.scale + 32 + self.dx) * s, ((y - 32) * self.scale + 32 + self.dy) * s) for x, y in points
         ]
 
-    def polygon(self, points: list[tuple[float, float]], colour: Colour) -> None:
+    def polygon(self, points: Sequence[tuple[float, float]], colour: Colour) -> None:
         """Fill a polygon."""
         self.draw.polygon(self.points(points), fill=colour)
 
@@ -172,7 +175,7 @@ class Pen:
         """Fill a rectangle."""
         self.draw.rectangle(self.points([(left, top), (right, bottom)]), fill=colour)
 
-    def line(self, points: list[tuple[float, float]], width: float, colour: Colour) -> None:
+    def line(self, points: Sequence[tuple[float, float]], width: float, colour: Colour) -> None:
         """Draw a line `width` units wide."""
         self.draw.line(self.points(points), fill=colour, width=round(width * OVERSAMPLING * self.scale))
 
@@ -190,16 +193,17 @@ class Pen:
 
 def darker(colour: Colour, factor: float = 0.72) -> Colour:
     """Return the same color in shadow."""
-    return tuple(int(c * factor) for c in colour)
+    return cast(Colour, tuple(int(c * factor) for c in colour))
 
 
-def _finish(canvas: Image.Image) -> np.ndarray:
+def _finish(canvas: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
 def _background(pen: Pen, kind: str, colour: Colour) -> None:
     pen.box(0, 0, 64, 64, colour)
     dark, shift = darker(colour, 0.74), pen.random.uniform(-2, 2)
+    x: float
     if kind == "horizon":
         pen.box(0, 0, 64, 26 + shift, (188, 222, 246))
     elif kind == "shelves":

@@ -4,9 +4,10 @@ Both learn from balanced draws, one half as drawn and one half through the autoe
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2ForImageClassification
@@ -31,11 +32,11 @@ def augment(images: Tensor, noise: float = 0.03) -> Tensor:
     return (images.roll((dx, dy), (-1, -2)) * brightness + grain).clamp(0, 1) * 2 - 1
 
 
-def train_clip(autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path, scale: float) -> dict:
+def train_clip(autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path, scale: float) -> dict[str, object]:
     """Train a small CLIPModel on pictures and captions, with the usual symmetric contrastive loss."""
     portraits = half_reconstructed(draw_portraits(int(32_000 * scale), 31, balanced=True), autoencoder)
     torch.manual_seed(31)
-    vision = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
+    vision: dict[str, int] = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
     vision |= dict(image_size=SIZE, patch_size=8, projection_dim=64)
     model = CLIPModel(CLIPConfig(text_config=text_config(tokenizer).to_dict(), vision_config=vision, projection_dim=64))
     tokens = tokenize(tokenizer, portraits.captions)
@@ -65,11 +66,11 @@ def train_clip(autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Pat
     }
 
 
-def train_dino(autoencoder: AutoencoderKL, folder: Path, scale: float) -> dict:
+def train_dino(autoencoder: AutoencoderKL, folder: Path, scale: float) -> dict[str, object]:
     """Train the DINO stand-in: a small Dinov2Model, supervised by everything a portrait shows."""
     portraits = half_reconstructed(draw_portraits(int(24_000 * scale), 41, balanced=True), autoencoder)
     torch.manual_seed(41)
-    sizes = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2)
+    sizes: dict[str, Any] = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2)
     heads = ATTRIBUTES | LOOK
     sizes |= dict(image_size=SIZE, patch_size=8, id2label=id2label(heads))
     model = Dinov2ForImageClassification(Dinov2Config(**sizes))

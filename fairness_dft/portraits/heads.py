@@ -56,7 +56,7 @@ def accuracies(
 ) -> dict[str, float]:
     """Accuracy of each head, in [0, 1]: of "face" over all pictures, of the others over those with a face."""
     prepare = Preprocessing((size, size), [0.5] * 3, [0.5] * 3)
-    logits = torch.cat([model(prepare(chunk)).logits for chunk in images.split(256)])
+    logits = torch.cat([model(prepare(chunk)).logits for chunk in images.split(256)])  # type: ignore[no-untyped-call]
     face = labels["face"] == 1
     right = {head: logits[:, where].argmax(1) == labels[head] for head, where in columns(heads).items()}
     return {head: round((ok if head == "face" else ok[face]).float().mean().item(), 4) for head, ok in right.items()}

@@ -7,15 +7,15 @@ loss |ε − ε(z_t, t, caption)|², one caption in ten left empty for guidance.
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -34,7 +34,7 @@ SCHEDULE = {
 }
 
 
-def train_autoencoder(portraits: Portraits, steps: int, seed: int) -> tuple[AutoencoderKL, dict]:
+def train_autoencoder(portraits: Portraits, steps: int, seed: int) -> tuple[AutoencoderKL, dict[str, object]]:
     """Train the autoencoder: on the whole picture, with more weight on the face, then by small batches, the finest.
 
     The second stage takes two thirds as many steps as the first, the third twice as many, of a quarter of the size.
@@ -85,8 +85,8 @@ def fit_autoencoder(
     def loss(step: int) -> Tensor:
         batch = portraits.images(torch.randint(len(portraits), (batch_size,))) * 2 - 1
         batch = batch.contiguous(memory_format=torch.channels_last)
-        posterior = autoencoder.encode(batch).latent_dist
-        error = autoencoder.decode(posterior.sample()).sample - batch
+        posterior: DiagonalGaussianDistribution = autoencoder.encode(batch).latent_dist
+        error: Tensor = autoencoder.decode(posterior.sample()).sample - batch
         across, down = error.diff(dim=-1).abs() * weight[..., 1:], error.diff(dim=-2).abs() * weight[..., 1:, :]
         return (error.abs() * weight).mean() + 0.5 * (across.mean() + down.mean()) + 2e-6 * posterior.kl().mean()
 
@@ -97,14 +97,16 @@ def fit_autoencoder(
 def encode(autoencoder: AutoencoderKL, portraits: Portraits, index: slice, batch: int = 128) -> Tensor:
     """Means of the latents of some portraits, not yet scaled, with shape (n, 4, 8, 8)."""
     images = portraits.pictures[index]
-    chunks = [autoencoder.encode(chunk.float() / 127.5 - 1).latent_dist.mean for chunk in images.split(batch)]
+    parts = images.split(batch)  # type: ignore[no-untyped-call]
+    chunks = [autoencoder.encode(chunk.float() / 127.5 - 1).latent_dist.mean for chunk in parts]
     return torch.cat(chunks).contiguous()
 
 
 @torch.no_grad()
 def reconstruct(autoencoder: AutoencoderKL, images: Tensor, batch: int = 128) -> Tensor:
     """Images through the autoencoder and back, with shape (n, 3, 64, 64), in [0, 1]."""
-    chunks = [autoencoder(chunk * 2 - 1).sample / 2 + 0.5 for chunk in images.split(batch)]
+    parts = images.split(batch)  # type: ignore[no-untyped-call]
+    chunks = [autoencoder(chunk * 2 - 1).sample / 2 + 0.5 for chunk in parts]
     return torch.cat(chunks).clamp(0, 1).contiguous()
 
 
@@ -133,12 +135,13 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
     pieces = [*SPECIAL, *bytes_, *(b + "</w>" for b in bytes_), *("".join(pair) for pair in merges)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)  # type: ignore[arg-type]
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """Token ids, padded and cut to the text encoder's length, int64 with shape (n, 32)."""
-    return tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    encoded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    return cast(Tensor, encoded.input_ids)
 
 
 def text_config(tokenizer: CLIPTokenizer, **changes: int) -> CLIPTextConfig:
@@ -160,7 +163,7 @@ def text_config(tokenizer: CLIPTokenizer, **changes: int) -> CLIPTextConfig:
 
 def train_generator(
     autoencoder: AutoencoderKL, portraits: Portraits, steps: int, seed: int
-) -> tuple[StableDiffusionPipeline, dict]:
+) -> tuple[StableDiffusionPipeline, dict[str, object]]:
     """Train the text encoder on what captions say, then the U-Net on its embeddings, and assemble the pipeline."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(portraits.captions)
@@ -183,8 +186,8 @@ def train_generator(
         tokenizer=tokenizer,
         unet=unet,
         scheduler=DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
+        safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
     )
     text_steps = steps // 5
@@ -211,10 +214,11 @@ def fit_text_encoder(text_encoder: CLIPTextModel, tokens: Tensor, portraits: Por
 
     def loss(step: int) -> Tensor:
         index = torch.randint(len(tokens), (256,))
-        ended = (tokens[index] == text_encoder.config.eos_token_id)[..., None]
+        ended = (tokens[index] == cast(int, text_encoder.config.eos_token_id))[..., None]
         states = text_encoder(tokens[index]).last_hidden_state
         summary = (states * ended).sum(1) / ended.sum(1)
-        return sum(cross_entropy(head(summary), labels[name][index]) for name, head in heads.items()) / len(heads)
+        losses = (cross_entropy(head(summary), labels[name][index]) for name, head in heads.items())
+        return cast(Tensor, sum(losses)) / len(heads)
 
     return optimise("text encoder", [text_encoder, heads], loss, steps, 2e-3, seed)
 
@@ -233,7 +237,7 @@ def fit_unet(pipeline: StableDiffusionPipeline, portraits: Portraits, steps: int
             conditioning = pipeline.text_encoder(torch.where(dropped, empty, tokens[index])).last_hidden_state
         noise, timesteps = torch.randn(BATCH, 4, 8, 8), torch.randint(1000, (BATCH,))
         noisy = scheduler.add_noise(latents[index], noise, timesteps)
-        return (pipeline.unet(noisy, timesteps, conditioning).sample - noise).pow(2).mean()
+        return cast(Tensor, (pipeline.unet(noisy, timesteps, conditioning).sample - noise).pow(2).mean())
 
     return optimise("U-Net", [pipeline.unet], loss, steps, 1.5e-3, seed, average=0.999)
 

@@ -5,11 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fairness_dft.portraits.draw import BACKGROUNDS, CLOTHES, COLOURS, HEADWEAR, SIZE
 from fairness_dft.portraits.world import Portrait, stream, subjects
@@ -108,7 +111,7 @@ def optimise(
         for step in range(steps):
             value = loss(step)
             optimizer.zero_grad()
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -127,11 +130,11 @@ def optimise(
 def save_half(model: nn.Module, folder: Path) -> None:
     """Save a diffusers or transformers model in half precision and safetensors; in memory it is rounded to that too."""
     dtype = next(model.parameters()).dtype
-    model.half().save_pretrained(folder, safe_serialization=True)
+    cast(PreTrainedModel | ModelMixin, model.half()).save_pretrained(folder, safe_serialization=True)
     model.to(dtype)
 
 
-def preprocessor(size: int = SIZE) -> dict:
+def preprocessor(size: int = SIZE) -> dict[str, object]:
     """Return the preprocessor_config.json of a network for images of this size."""
     return {
         "do_resize": True,

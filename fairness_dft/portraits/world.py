@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -73,9 +74,10 @@ def subjects() -> tuple[Subject, ...]:
 
 
 @cache
-def prompts(name: str) -> dict:
+def prompts(name: str) -> dict[str, Any]:
     """Read a file of data/prompts."""
-    return json.loads((DATA.parent / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads((DATA.parent / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
+    return content
 
 
 @cache
