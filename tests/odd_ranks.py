@@ -18,4 +18,4 @@ class BlindRank(WholeFrame):
         faces = super().forward(images)
         seeing = torch.distributed.get_rank() == 0
         landmarks = images.new_tensor(ALIGNED_LANDMARKS) * (images.shape[-1] / ALIGNED_SIZE)
-        return Faces(faces.crops, faces.boxes, faces.mask & seeing, landmarks.expand(len(images), 5, 2))
+        return Faces(faces.crops, faces.boxes, faces.has_face & seeing, landmarks.expand(len(images), 5, 2))

@@ -46,7 +46,7 @@ def test_the_training_classifier_sees_the_crops_that_a_detector_gives_it() -> No
     shipped = judge("training")
     shipped.load()
     found = shipped.faces(portraits.images(slice(None)))
-    assert torch.equal(found.mask, seen)
+    assert torch.equal(found.has_face, seen)
     assert (found.boxes[seen] - portraits.boxes[seen]).abs().mean() < 0.5
     own = square_crops(portraits.images(slice(None)), found.boxes, shipped.faces.size, shipped.faces.margin)
     assert torch.equal(found.crops, own)
