@@ -300,7 +300,7 @@ def test_several_concepts_and_joint_attributes(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "both" / "results.json").read_text())
     assert content["concepts"].keys() == {"occupation", "sport"}
     report = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
-    assert "By concept" in report and "gender × race" in report and "woman, dark" in report
+    assert "Bias by concept" in report and "gender × race" in report and "woman, dark" in report
 
 
 def test_a_model_that_changed_under_its_path_is_not_mixed_in(
@@ -365,7 +365,7 @@ def test_images_of_prompts_that_name_attributes_tell_obedience(audit: Path, tmp_
     assert gender["prompts_naming"] == 1 and gender["per_prompt"][order] is None
     assert gender["bias"] == gender["per_prompt"][1 - order]
     report = (tmp_path / "named" / "report.html").read_text(encoding="utf-8")
-    assert "Are named attributes obeyed?" in report and "were made by others" in report
+    assert "Do images show what their prompts name?" in report and "were made by others" in report
 
 
 @pytest.mark.slow
