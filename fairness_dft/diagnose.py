@@ -14,7 +14,7 @@ if __name__ == "__main__":  # answers before the imports, which take seconds
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Trainer
@@ -46,6 +46,7 @@ from fairness_dft.sampling.diagnosis import (
     passes,
     step_gradients,
 )
+from fairness_dft.training.evaluation_callback import callbacks_of
 from fairness_dft.training.fairness_loss import FairnessLoss
 
 PROMPT_HELP = "A training prompt, its subject, or any other text; the first training prompt by default."
@@ -65,12 +66,13 @@ class Diagnosis(FairnessLoss):
         self.gradients = []
 
     @override
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
         parameters = self.adapter.parameters()
         with torch.enable_grad():
             loss = self.loss(batch, hashed_generator(self.seed, Stream.STEP, batch_idx))
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         self.gradients.append(flatten(gradients, parameters).cpu())
+        return {}  # no images, as nothing measures them
 
 
 class DiagnoseCLI(FairnessCLI):
@@ -133,9 +135,8 @@ def main(args: ArgsType = None) -> None:
     module.sampler.steps_max = module.sampler.steps  # one T, so that costs can be compared
     loader = data.train_dataloader()  # each pass continues with fresh noise
     batches = [replace(batch, prompt=prompt) for _ in range(cli.config.batches) for batch in loader]
-    trainer.callbacks = [
-        callback for callback in trainer.callbacks if not isinstance(callback, tuple(MONITORS.values()))
-    ]
+    callbacks = callbacks_of(trainer)
+    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, tuple(MONITORS.values()))]
     module.generator.check()
     module.judge.load()
     check_names(module.attribute, module.judge.classes, [prompt])
@@ -166,7 +167,7 @@ def compare_paths(
     """Return for each gradient path how its gradients of the batches relate, and the cost of one in network passes."""
     statistics: dict[str, tuple[GradientStatistics, float]] = {}
     steps = module.sampler.steps
-    loader = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
+    loader: DataLoader[PromptBatch] = DataLoader(cast(Any, batches), batch_size=None, collate_fn=lambda batch: batch)
     for name, path in PATHS.items():
         if path.count is not None and path.count > steps:
             continue

@@ -47,6 +47,7 @@ from fairness_dft.reports.results import Results, RunFacts
 from fairness_dft.reports.tables import print_results
 from fairness_dft.reports.view import shown_classifier
 from fairness_dft.training.bias_monitor import BiasMonitor
+from fairness_dft.training.evaluation_callback import callbacks_of
 from fairness_dft.training.quality_monitor import QualityMonitor, model_name, results_of_test
 
 
@@ -90,7 +91,7 @@ class EvaluateCLI(FairnessCLI):
     @property
     def bias_monitor(self) -> BiasMonitor:
         """The monitor that reads the attributes."""
-        return next(callback for callback in self.trainer.callbacks if isinstance(callback, BiasMonitor))
+        return next(callback for callback in callbacks_of(self.trainer) if isinstance(callback, BiasMonitor))
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -204,7 +205,7 @@ def identity_of(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def load(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> None:
     """Load every network, small ones first."""
-    for monitor in cli.trainer.callbacks:
+    for monitor in callbacks_of(cli.trainer):
         if isinstance(monitor, BiasMonitor | QualityMonitor):
             monitor.load()
     cli.model.judge.load()
@@ -245,7 +246,7 @@ def image_paths(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> Callable[[str, i
         text = source.prompts[index] if isinstance(source, ImageFolder) else prompts[index].text
         file = source.file(model, text, seed)
         try:
-            return Path(os.path.relpath(file, cli.folder)).as_posix()
+            return Path(os.path.relpath(str(file), str(cli.folder))).as_posix()
         except ValueError:  # Windows, on another drive
             return file.resolve().as_uri()
 

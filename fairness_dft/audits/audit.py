@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -44,17 +45,17 @@ class Audit(Evaluation):
         if not isinstance(self.generator, AnyPipeline):
             return super().compare(batch, names)
         steps, scale = self.evaluation_sampler.steps, self.evaluation_sampler.guidance_scale
-        drawn = {}
+        drawn: dict[str, Tensor] = {}
         for name in names:
             with self.adapter.using(name):
                 drawn[name] = self.generator.draw(batch.prompt.text, batch.seeds, steps, scale)
         return drawn
 
     @property
-    def models(self) -> list[str]:
+    def models(self) -> list[Name]:
         """The models that are audited: `original`, and `ema` with an adapter or a pair of folders."""
         if isinstance(self.source, ImageFolder):
-            return self.source.models
+            return cast(list[Name], self.source.models)
         return ["original"] if type(self.adapter) is NoAdapter else ["original", "ema"]
 
     @override
@@ -64,14 +65,16 @@ class Audit(Evaluation):
             return {model: self.source.images(model, text, batch.seeds) for model in self.models}
         return {model: self.draw(model, batch) for model in self.models}
 
-    def draw(self, model: str, batch: PromptBatch) -> Tensor:
+    def draw(self, model: Name, batch: PromptBatch) -> Tensor:
         """Return a model's images of a batch; those that are not on disk are drawn as in the test of a finetuning."""
 
         def make(seeds: Tensor) -> Tensor:
             return self.compare(replace(batch, seeds=seeds), (model,))[model]
 
-        chunks = batch.seeds.split(AT_ONCE)
-        return torch.cat([self.source.images(model, batch.prompt.text, chunk, make) for chunk in chunks])
+        store = self.source
+        assert isinstance(store, ImageStore)
+        chunks = torch.split(batch.seeds, AT_ONCE)
+        return torch.cat([store.images(model, batch.prompt.text, chunk, make) for chunk in chunks])
 
 
 class FolderPrompts:
@@ -86,7 +89,7 @@ class FolderPrompts:
         self.batches = [
             PromptBatch(prompt=prompt, index=index, seeds=numbers)
             for index, (text, prompt) in enumerate(zip(folder.prompts, prompts, strict=True))
-            for numbers in torch.arange(len(folder.files["original"][text])).split(AT_ONCE)
+            for numbers in torch.split(torch.arange(len(folder.files["original"][text])), AT_ONCE)
         ]
         self.prompt_count = len(folder.prompts)
 

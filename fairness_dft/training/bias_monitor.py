@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -89,7 +90,7 @@ class BiasMonitor(EvaluationCallback):
     def start(self, trainer: Trainer, module: Evaluation, stage: str) -> None:
         self.metrics, self.same, self.paired, self.images = {}, {}, {}, {}
         self.tested = stage == "test"
-        loader = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
+        loader: Any = trainer.val_dataloaders if stage == "validation" else trainer.test_dataloaders
         self.count = getattr(loader, "prompt_count", len(loader))  # prompts of an image folder have several batches
 
     @override

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -58,7 +58,8 @@ class AdapterAverage(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.global_step > self.averaged_steps:
             self.averaged_steps = trainer.global_step
-            pl_module.adapter.update_ema(self.decay_at(trainer.global_step, trainer.max_steps))
+            decay = self.decay_at(trainer.global_step, trainer.max_steps)
+            cast(FairFinetuning, pl_module).adapter.update_ema(decay)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -77,16 +78,16 @@ class AdapterCheckpoint(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.save(trainer, pl_module)
+        self.save(trainer, cast(FairFinetuning, pl_module))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.save(trainer, pl_module)
+        self.save(trainer, cast(FairFinetuning, pl_module))
 
     def save(self, trainer: Trainer, module: FairFinetuning) -> None:
         """Write both adapters, on the first rank."""
         log_dir = trainer.log_dir  # a broadcast, which every rank must join
-        if trainer.is_global_zero and log_dir is not None and not trainer.fast_dev_run:
+        if trainer.is_global_zero and log_dir is not None and not getattr(trainer, "fast_dev_run", False):
             folder = Path(log_dir, "adapters", f"step_{trainer.global_step:06d}")
             for name in ("trained", "ema"):
                 module.adapter.save(folder / name, name)

@@ -1,7 +1,7 @@
 """TensorBoard's page of a run: bias, losses, what is kept and speed at a glance, and a row in the table of runs."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -20,10 +20,10 @@ class Dashboard(Callback):
     """Lays out the tab Custom Scalars, and logs the norm of the gradient before it is clipped."""
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: FairFinetuning) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(layout(pl_module.attribute.names))
+                logger.experiment.add_custom_scalars(layout(cast(FairFinetuning, pl_module).attribute.names))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -8,7 +8,7 @@ a child of it, so that all of them sample and measure in the same way.
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -127,7 +127,7 @@ class Evaluation(LightningModule):
         self.judge.load()
         self.targets = PromptTargets(self.attribute, self.judge.classes)
         for network in self.features:
-            network.load()
+            cast(FeatureNet, network).load()
 
     def load_generator(self) -> None:
         """Load the text-to-image model and attach the adapter.

@@ -1,6 +1,6 @@
 """The base of callbacks that measure the original, the trained and the EMA model on the same noise."""
 
-from typing import Any
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -42,28 +42,34 @@ class EvaluationCallback(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.start(trainer, pl_module, "validation")
+        self.start(trainer, cast(Evaluation, pl_module), "validation")
 
     @override
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        self.see(pl_module, outputs, batch)
+        self.see(cast(Evaluation, pl_module), outputs, batch)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.finish(trainer, pl_module, "validation")
+        self.finish(trainer, cast(Evaluation, pl_module), "validation")
 
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.start(trainer, pl_module, "test")
+        self.start(trainer, cast(Evaluation, pl_module), "test")
 
     @override
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        self.see(pl_module, outputs, batch)
+        self.see(cast(Evaluation, pl_module), outputs, batch)
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.finish(trainer, pl_module, "test")
+        self.finish(trainer, cast(Evaluation, pl_module), "test")
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a trainer, an attribute that Lightning does not declare."""
+    callbacks: list[Callback] = vars(trainer)["callbacks"]
+    return callbacks

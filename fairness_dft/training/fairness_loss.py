@@ -163,7 +163,7 @@ class FairnessLoss(Evaluation):
 
     def draw_steps(self, batch: PromptBatch, random: torch.Generator) -> int:
         """Draw the number of sampling steps: for repeated noise the same each time, so that originals repeat too."""
-        if batch.is_repeated:
+        if batch.noise_set is not None:
             random = hashed_generator(self.seed, Stream.REPEATED_STEP, batch.index, batch.noise_set)
         return self.sampler.draw_steps(random)
 
@@ -185,7 +185,7 @@ class FairnessLoss(Evaluation):
         texts = [encode_prompts(self.generator, batch.prompt.text), *base]
         latents, *others = self.sampler.sample(self.generator, texts, noise, steps, random)
         if original is None:
-            original = self.look_at_original(batch, *others, steps)
+            original = self.look_at_original(batch, others[0], steps)
         return latents, original
 
     @torch.no_grad()
@@ -195,8 +195,8 @@ class FairnessLoss(Evaluation):
         if original is None:
             with self.adapter.using("original"):
                 texts = [encode_prompts(self.generator, batch.prompt.text)]
-                latents = self.sampler.sample(self.generator, texts, noise, steps)
-            original = self.look_at_original(batch, *latents, steps)
+                [latents] = self.sampler.sample(self.generator, texts, noise, steps)
+            original = self.look_at_original(batch, latents, steps)
         return original
 
     @torch.no_grad()
@@ -244,7 +244,11 @@ class FairnessLoss(Evaluation):
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the rows of all ranks, rank after rank; every rank has the same number."""
-        return self.all_gather(values).flatten(0, 1) if self.trainer.world_size > 1 else values
+        if self.trainer.world_size == 1:
+            return values
+        gathered = self.all_gather(values)
+        assert isinstance(gathered, Tensor)  # as the values are
+        return gathered.flatten(0, 1)
 
     def semantics_factors(
         self, verdict: Verdict, original: Original, alignments: dict[str, Alignment]
@@ -271,17 +275,19 @@ class FairnessLoss(Evaluation):
         if self.face_realism is None:
             return None
         embedding = self.face_realism.embedding
+        assert verdict.landmarks is not None  # `check` refuses a face finder without them
         return self.sampler.map_chunks(embedding, embedding.align(images, verdict.landmarks))
 
     def realism(self, images: Tensor, verdict: Verdict, original: Original, alignments: dict[str, Alignment]) -> Tensor:
         """Compute L_face of this batch, and log it if there is a face."""
-        before = original.verdict
+        before, realism = original.verdict, self.face_realism
+        embeddings = self.embed_faces(images, verdict)
+        assert realism is not None and embeddings is not None and original.faces is not None
         keep = before.has_face
         for name, chosen in alignments.items():
             sure, classes = before.probabilities(name).max(1)
-            keep = keep & chosen.chosen & (chosen.targets == classes) & (sure >= self.face_realism.confidence)
-        embeddings = self.embed_faces(images, verdict)
-        references = face_references(embeddings, original.faces, keep, self.face_realism.bank)
+            keep = keep & chosen.chosen & (chosen.targets == classes) & (sure >= realism.confidence)
+        references = face_references(embeddings, original.faces, keep, realism.bank)
         total = int(self.gather(verdict.has_face).sum())
         loss = face_realism_loss(embeddings, references, verdict.has_face, total, self.trainer.world_size)
         if total:

@@ -111,7 +111,8 @@ class FinishedRun:
             self._check_classes(parsed.as_dict(), other_classes)  # a class may also be named without the key class_path
         except ArgumentError as error:
             raise ValueError(f"--run: {str(self.folder)!r} cannot be opened: {one_line(error)}") from error
-        return parser.instantiate_classes(parsed).model
+        module: Module = parser.instantiate_classes(parsed).model
+        return module
 
     def _check_classes(self, settings: Mapping[str, Any], other_classes: bool) -> None:
         for path in class_paths(settings):

@@ -58,9 +58,8 @@ class ImageGrid(EvaluationCallback):
             with replacing(self.file) as draft:
                 grid.save(draft)
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
+            writer = getattr(logger, "experiment", None)
+            if writer is not None and hasattr(writer, "add_image"):
                 import numpy as np
 
-                logger.experiment.add_image(
-                    f"before_after/{stage}", np.asarray(grid), trainer.global_step, dataformats="HWC"
-                )
+                writer.add_image(f"before_after/{stage}", np.asarray(grid), trainer.global_step, dataformats="HWC")

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -48,7 +48,7 @@ class GracefulStop(Callback):
                 os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
         self.signal, self.step = 0, trainer.global_step
-        if not trainer.fast_dev_run:  # Lightning puts its own handlers back after the fit
+        if not getattr(trainer, "fast_dev_run", False):  # Lightning puts its own handlers back after the fit
             before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     @override
@@ -107,7 +107,7 @@ class SkipNonFiniteSteps(Callback):
         self.finite &= bool(loss.isfinite())
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: FairFinetuning, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flags = [gradient.isfinite().all() for gradient in gradients]
@@ -120,14 +120,14 @@ class SkipNonFiniteSteps(Callback):
             self.in_a_row += 1
         else:
             self.in_a_row = 0
-            self.keep(pl_module, optimizer)
+            self.keep(cast(FairFinetuning, pl_module), optimizer)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: FairFinetuning, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         pl_module.log("skipped/steps", float(self.skipped), prog_bar=True)
         if self.in_a_row >= self.patience:
             self.in_a_row = 0
-            self.restore(pl_module)
+            self.restore(cast(FairFinetuning, pl_module))
             file = save_stopped_run(trainer)
             if not trainer.is_global_zero:
                 raise SystemExit(0)

@@ -135,7 +135,7 @@ class FairFinetuning(FairnessLoss):
         for config in self.trainer.lr_scheduler_configs:
             if config.name != "learning_rate":
                 continue  # it is not the one of `configure_optimizers`: the user brought another optimizer
-            scheduler = config.scheduler
+            scheduler: Any = config.scheduler
             scheduler.base_lrs = rates
             for group, rate, factor in zip(scheduler.optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
                 group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
@@ -163,7 +163,7 @@ class FairFinetuning(FairnessLoss):
         return hashed_generator(self.seed, Stream.STEP, self.trainer.fit_loop.total_batch_idx)
 
     @override
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]  # no `destination`
         """Return the adapter alone, trained and averaged; frozen weights are never saved."""
         if not self.loaded:
             return {}

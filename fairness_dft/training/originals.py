@@ -238,7 +238,8 @@ def _pieces(value: Any, seen: set[int]) -> Iterator[bytes]:
             own = {name: held for name, held in vars(value).items() if foreign or not name.startswith("_")}
             yield from _pieces({name: held for name, held in own.items() if name not in vars(nn.Module())}, seen)
         elif isinstance(value, nn.Module) and hasattr(value, "config"):
-            yield from _pieces(getattr(value.config, "to_dict", lambda: dict(value.config))(), seen)
+            config: Any = value.config
+            yield from _pieces(config.to_dict() if hasattr(config, "to_dict") else dict(config), seen)
 
 
 def _source(cls: type) -> bytes:

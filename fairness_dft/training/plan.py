@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -79,15 +79,15 @@ class Stopwatch(Callback):
     originals: LastOriginal = field(default_factory=LastOriginal)
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: FairFinetuning, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.originals.warm = len(self.cold) > len(self.warm)
-        pl_module.originals = self.originals  # a folder is neither read nor written
+        cast(FairFinetuning, pl_module).originals = self.originals  # a folder is neither read nor written
         finish(pl_module)
         self.started = time.perf_counter()
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: FairFinetuning, outputs: Any, batch: PromptBatch, *args: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, *args: Any
     ) -> None:
         finish(pl_module)
         seconds = time.perf_counter() - self.started
@@ -95,10 +95,12 @@ class Stopwatch(Callback):
             self.warm.append(seconds)
             return
         self.cold.append(seconds)
-        noise = pl_module.generator.noise(batch.seeds)
-        few = noise[: pl_module.evaluation_sampler.images_at_once or len(noise)]
+        module = cast(FairFinetuning, pl_module)
+        noise = module.generator.noise(batch.seeds)
+        few = noise[: module.evaluation_sampler.images_at_once or len(noise)]
         with trainer.precision_plugin.forward_context():
-            self.looks.append(timed(lambda: self.look(pl_module, batch, few), pl_module) / len(few))
+            self.looks.append(timed(lambda: self.look(module, batch, few), module) / len(few))
+        assert self.originals.last is not None  # a cold step has just put it
         tensors = self.originals.last.tensors()
         self.original_bytes = sum(values.nbytes for values in tensors.values()) // len(noise)
         file = len(save({name: values[0].cpu().clone() for name, values in tensors.items()}))
@@ -204,7 +206,8 @@ def print_plan(trainer: Trainer, settings: dict[str, Any], module: FairFinetunin
         ValueError: If the run has no end.
     """
     todo, stopwatch = plan(trainer, data), Stopwatch()
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    names = "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"
+    off: dict[str, Any] = dict.fromkeys(names, False)
     settings = {name: settings[name] for name in SETTINGS}
     few = Trainer(**settings, **off, max_steps=2 * (MEASURED + 1), limit_val_batches=0, callbacks=[stopwatch])
     with unchanged(module):

@@ -1,6 +1,7 @@
 """What finetuning keeps of the images: CLIP-T, CLIP-I, DINO, FID and KID (paper, section 5)."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -17,7 +18,7 @@ from fairness_dft.reports.build import Measured, build_results
 from fairness_dft.reports.results import Results, RunFacts
 from fairness_dft.training.bias_monitor import BiasMonitor
 from fairness_dft.training.evaluation import Evaluation
-from fairness_dft.training.evaluation_callback import EvaluationCallback
+from fairness_dft.training.evaluation_callback import EvaluationCallback, callbacks_of
 
 
 class QualityMonitor(EvaluationCallback):
@@ -140,7 +141,7 @@ def results_of_test(module: Evaluation, prompts: Sequence[Prompt], run: RunFacts
         prompts: The prompts of the test, in their order.
         run: Facts of the run.
     """
-    monitors = {type(callback): callback for callback in module.trainer.callbacks}
+    monitors: dict[type, Any] = {type(callback): callback for callback in callbacks_of(module.trainer)}
     bias, quality = monitors[BiasMonitor], monitors[QualityMonitor]
     measured = Measured(bias.summaries, quality.values, bias.agreement, bias.pairs)
     own = module.targets.own_shares(prompts)
