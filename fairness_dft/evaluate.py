@@ -244,7 +244,7 @@ def image_paths(cli: EvaluateCLI, prompts: Sequence[Prompt]) -> Callable[[str, i
         if isinstance(source, ImageStore) and not cli.config.keep_images:
             return ""
         text = source.prompts[index] if isinstance(source, ImageFolder) else prompts[index].text
-        file = source.file(model, text, seed)
+        file: Path = source.file(model, text, seed)
         try:
             return Path(os.path.relpath(str(file), str(cli.folder))).as_posix()
         except ValueError:  # Windows, on another drive
