@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from fairness_dft.files import resolve, shipped
-from fairness_dft.training.moved_names import FILES, current_flag, rename
+from fairness_dft.moved_names import FILES, current_flag, rename
 
 ROOT = Path("experiments")
 ROOMS = (ROOT, ROOT / "parts", ROOT / "classifiers")

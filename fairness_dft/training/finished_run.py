@@ -9,8 +9,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from fairness_dft.files import one_line
+from fairness_dft.moved_names import rename
 from fairness_dft.reports.results import Results
-from fairness_dft.training.moved_names import rename
 
 Average = Literal["ema", "trained"]
 Module = TypeVar("Module")

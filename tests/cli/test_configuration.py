@@ -10,7 +10,7 @@ from command_line import EXPERIMENTS, MINIATURE, ROOT
 
 from fairness_dft.cli.configuration import located, prepared, shipped_names
 from fairness_dft.cli.lightning_cli import FairnessCLI
-from fairness_dft.training.moved_names import CLASSES, FILES, KEYS, current_class, current_flag, current_key, rename
+from fairness_dft.moved_names import CLASSES, FILES, KEYS, current_class, current_flag, current_key, rename
 
 OLD_RUN = Path(__file__).parent / "old_layout.yaml"  # config.yaml of a quickstart of version 0.1
 

@@ -11,8 +11,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from fairness_dft.cli.configuration import prepared, shipped_names
 from fairness_dft.cli.lightning_cli import FairnessCLI, OneLineCLI
+from fairness_dft.moved_names import rename
 from fairness_dft.train_classifier import ClassifierCLI
-from fairness_dft.training.moved_names import rename
 
 FIXTURES = Path(__file__).parent / "resolved"
 MORE = {  # arguments beside the files, of the same combination then
