@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # suffixes of files that may be images
@@ -59,7 +60,7 @@ class Location:
     name: str = ""
 
     @property
-    def options(self) -> dict[str, bool]:
+    def options(self) -> dict[str, Any]:
         """Options for `from_pretrained` of transformers and diffusers, which keep them off a hub out of reach."""
         return {"local_files_only": self.folder is not None or not self.reachable}
 
@@ -272,7 +273,7 @@ def quiet() -> Iterator[None]:
     bar = transformers_logging.is_progress_bar_enabled()
     for library, _ in before:
         library.set_verbosity(library.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -281,4 +282,4 @@ def quiet() -> Iterator[None]:
         for library, verbosity in before:
             library.set_verbosity(verbosity)
         if bar:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

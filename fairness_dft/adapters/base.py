@@ -24,13 +24,11 @@ class Adapter(ABC):
 
     Attributes:
         active: The name of the model in use.
-        scalable: Whether the adapter can be applied more or less strongly.
         file: The name of the exported file; in a combination, each part has its own.
         learning_rate: The learning rate of this adapter; None for that of the run.
     """
 
     active: Name = "trained"
-    scalable = False
     file: str
     learning_rate: float | None = None
 
@@ -52,6 +50,11 @@ class Adapter(ABC):
     @abstractmethod
     def _activate(self, name: Name) -> None:
         """Make the model compute with the named tensors, or with none for `original`."""
+
+    @property
+    def scalable(self) -> bool:
+        """Whether the adapter can be applied more or less strongly."""
+        return False
 
     @property
     def parts(self) -> Sequence["Adapter"]:
@@ -178,7 +181,9 @@ class Adapter(ABC):
         Args:
             decay: Weight of the previous average, in [0, 1].
         """
-        torch._foreach_lerp_(list(self.tensors("ema").values()), self.parameters(), 1 - decay)
+        averages: list[Tensor] = list(self.tensors("ema").values())
+        trained: list[Tensor] = list(self.parameters())
+        torch._foreach_lerp_(averages, trained, 1 - decay)
 
     def state_dict(self, name: Name) -> dict[str, Tensor]:
         """Return a copy of the tensors of `trained` or `ema`, on the CPU."""

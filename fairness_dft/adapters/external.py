@@ -94,7 +94,7 @@ class DiffusersAdapter(NoAdapter):
         parts |= {"scheduler": deepcopy(parts["scheduler"])}  # the pipeline changes its settings
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         with self._loading():
-            pipeline = StableDiffusionPipeline(**parts)
+            pipeline: Any = StableDiffusionPipeline(**parts)  # type: ignore[no-untyped-call]
             self._load_lora(pipeline)
             for file in self.inversions:
                 pipeline.load_textual_inversion(str(file.parent), weight_name=file.name)

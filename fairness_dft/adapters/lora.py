@@ -16,7 +16,7 @@ References:
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -79,7 +79,8 @@ class LoRA(Adapter):
         self._check_fits(network)
         self._network = network
         for name in ("trained", "ema"):
-            config = LoraConfig(r=self.rank, lora_alpha=self.alpha_of(name), target_modules=self.target_modules)
+            alpha: Any = self.alpha_of(name)  # PEFT declares an integer, and takes any number
+            config = LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=self.target_modules)
             with warnings.catch_warnings():
                 # The second configuration is intended.
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
@@ -109,7 +110,8 @@ class LoRA(Adapter):
         for path, layer in self._network.named_modules():
             if isinstance(layer, LoraLayer):
                 for factor, matrix in zip(self.factors, (layer.lora_A, layer.lora_B), strict=True):
-                    tensors[f"{self.component}.{self._exported(path)}.{factor}.weight"] = matrix[name].weight
+                    weight = cast(nn.Parameter, matrix[name].weight)
+                    tensors[f"{self.component}.{self._exported(path)}.{factor}.weight"] = weight
         return tensors
 
     def alpha_of(self, name: Name) -> float:

@@ -111,7 +111,8 @@ class PrefixEmbedding(nn.Module):
     @override
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed token indices with shape (B, L), as float with shape (B, L, D)."""
-        embeddings, soft = self.words(tokens.clamp(max=self.first - 1)), tokens >= self.first
+        embeddings: Tensor = self.words(tokens.clamp(max=self.first - 1))
+        soft = tokens >= self.first
         if self.active == "original" or not soft.any():
             return embeddings
         prefix = self.prefixes[self.active].to(embeddings.dtype)

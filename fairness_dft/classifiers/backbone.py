@@ -39,7 +39,8 @@ def backbone(path: str, pretrained: bool, heads: dict[str, tuple[str, ...]]) -> 
                     source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **options
                 )
             else:
-                network = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+                from_config: Any = AutoModelForImageClassification.from_config
+                network = from_config(config, dtype=torch.float32)
         return network, preparation(source, config, options)
     except Exception as error:  # each file format raises its own
         allowed = "an image classifier of the Hugging Face hub where it can be reached, or a local folder"
@@ -59,7 +60,7 @@ def has_weights(location: Location) -> bool:
     return False
 
 
-def preparation(source: str, config: Any, options: dict[str, bool]) -> dict[str, Any]:
+def preparation(source: str, config: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Return a preprocessor_config.json: the backbone's or, without one, ImageNet's colors at its size or at 224 px.
 
     Args:
@@ -70,7 +71,7 @@ def preparation(source: str, config: Any, options: dict[str, bool]) -> dict[str,
     Raises:
         ValueError: If the backbone's file is broken, or its images are not square.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     file = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **options)
     if file is None:
@@ -104,7 +105,8 @@ def last_linear(network: nn.Module, side: int) -> nn.Linear:
     Raises:
         ValueError: If the logits do not come from one linear layer.
     """
-    count = network.config.num_labels
+    config: Any = network.config
+    count = config.num_labels
     candidates = [
         module for module in network.modules() if isinstance(module, nn.Linear) and module.out_features == count
     ]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +78,9 @@ class Judge(nn.Module):
     @property
     def asks_itself(self) -> bool:
         """Whether one network finds the faces and classifies them, so that it needs to run only once."""
-        both_from_folders = isinstance(self.faces, FacePresence) and isinstance(self.classifier, ImageClassifier)
-        return both_from_folders and self.faces.classifier.path == self.classifier.path
+        if not (isinstance(self.faces, FacePresence) and isinstance(self.classifier, ImageClassifier)):
+            return False
+        return self.faces.classifier.path == self.classifier.path
 
     def check(self) -> None:
         """Refuse parts that cannot be found; load nothing and change no state.
@@ -139,4 +141,4 @@ class Judge(nn.Module):
     def look_once(self, images: Tensor) -> Verdict:
         """Classify images by the one network that both finds the faces and classifies them."""
         logits = self.classifier(images)
-        return Verdict(logits, self.faces.present(logits), whole_frame_boxes(images))
+        return Verdict(logits, cast(FacePresence, self.faces).present(logits), whole_frame_boxes(images))

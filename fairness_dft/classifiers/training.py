@@ -1,6 +1,7 @@
 """The training of an attribute classifier as a LightningModule."""
 
 from collections import Counter
+from typing import cast
 
 import torch
 from lightning import LightningModule
@@ -21,6 +22,9 @@ Batch = tuple[Tensor, dict[str, Tensor]]
 
 class Verdicts(Metric):
     """Collect all logits and labels of an epoch, over all ranks."""
+
+    logits: list[Tensor]
+    labels: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +118,8 @@ class ClassifierTraining(LightningModule):
 
     def logits(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Return the logits of each head, for images as floats in [0, 1]."""
-        return self.network(self.prepare(pixels)).logits.split([len(classes) for classes in self.heads.values()], 1)
+        logits = self.network(self.prepare(pixels)).logits
+        return cast(tuple[Tensor, ...], logits.split([len(classes) for classes in self.heads.values()], 1))
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
@@ -127,13 +132,13 @@ class ClassifierTraining(LightningModule):
             for head, logits, weights in zip(self.heads, self.logits(pixels), self.weights, strict=True)
         )
         self.log("loss", loss, prog_bar=True)
-        return loss
+        return cast(Tensor, loss)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self.logits(batch[0].float() / 255)
         for head, values, collected in zip(self.heads, logits, self.collected, strict=True):
-            collected.update(values, batch[1][head])
+            cast(Verdicts, collected).update(values, batch[1][head])
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -142,8 +147,9 @@ class ClassifierTraining(LightningModule):
     def gather_verdicts(self) -> None:
         """Move the collected logits and labels to `verdicts`, and clear the collection."""
         for head, collected in zip(self.heads, self.collected, strict=True):
-            self.verdicts[head] = collected.compute()
-            collected.reset()
+            verdicts = cast(Verdicts, collected)
+            self.verdicts[head] = verdicts.compute()
+            verdicts.reset()
 
     @override
     def on_validation_epoch_end(self) -> None:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class LabelledFaces(LightningDataModule, ABC):
         names: dict[str, set[str]] = {}
         for _, _, labels in rows:
             for head, name in labels.items():
-                names.setdefault(head, set()).update({name} - {None})
+                names.setdefault(head, set()).update(cast(set[str], {name} - {None}))
         names = {head: classes for head, classes in names.items() if classes}
         if invalid := [head for head in names if not head or set("/×") & set(head)]:
             raise ValueError(f"--data: the name of a head must not be empty or contain / or ×, but got {invalid[0]!r}")
@@ -101,7 +101,9 @@ class LabelledFaces(LightningDataModule, ABC):
         index = {head: {name: i for i, name in enumerate(classes)} for head, classes in self.heads.items()}
         pictures: dict[str, list[LabelledPicture]] = {split: [] for split in SPLITS}
         for split, file, labels in rows:
-            known = {head: index[head].get(labels.get(head), UNKNOWN) for head in self.heads}
+            known = {
+                head: cast(dict[str | None, int], index[head]).get(labels.get(head), UNKNOWN) for head in self.heads
+            }
             pictures[split].append(LabelledPicture(file, known))
         for split in ("train", "validation"):
             if not pictures[split]:
@@ -123,15 +125,17 @@ class LabelledFaces(LightningDataModule, ABC):
         """
         return tuple(sorted(names))
 
-    def loader(self, split: str) -> DataLoader:
+    def loader(self, split: str) -> DataLoader[Any]:
         """Return batches of one split: shuffled for training; else each rank reads every n-th image, none twice."""
-        pictures: Dataset = Pictures(self.pictures[split], self.size)
-        ranks = self.trainer.world_size if self.trainer else 1
-        training, sampler = split == "train", None
-        if training and ranks > 1:
-            sampler = DistributedSampler(pictures, ranks, self.trainer.global_rank)
-        elif ranks > 1:
-            pictures = Subset(pictures, range(self.trainer.global_rank, len(pictures), ranks))
+        pictures: Pictures | Subset[tuple[Tensor, dict[str, int]]] = Pictures(self.pictures[split], self.size)
+        trainer = self.trainer
+        ranks = trainer.world_size if trainer else 1
+        training = split == "train"
+        sampler: DistributedSampler[tuple[Tensor, dict[str, int]]] | None = None
+        if training and trainer and ranks > 1:
+            sampler = DistributedSampler(pictures, ranks, trainer.global_rank)
+        elif trainer and ranks > 1:
+            pictures = Subset(pictures, range(trainer.global_rank, len(pictures), ranks))
         return DataLoader(
             pictures,
             self.batch_size,
@@ -143,15 +147,15 @@ class LabelledFaces(LightningDataModule, ABC):
         )
 
     @override
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         return self.loader("train")
 
     @override
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Any]:
         return self.loader("validation")
 
     @override
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Any]:
         return self.loader(self.tested)
 
     @property
@@ -160,7 +164,7 @@ class LabelledFaces(LightningDataModule, ABC):
         return "test" if self.pictures["test"] else "validation"
 
 
-class Pictures(Dataset):
+class Pictures(Dataset[tuple[Tensor, dict[str, int]]]):
     """Read and scale images.
 
     Args:
@@ -285,7 +289,8 @@ class LabelledFolder(LabelledFaces):
     @override
     def rows(self) -> list[Row]:
         file = self.folder / self.labels
-        rows, splits = [], {}
+        rows: list[Row] = []
+        splits: dict[str, str] = {}
         for where, row in table(file, ("file", *(self.columns or ()))):
             name = row["file"]
             split = row.get("split") or hashed_split(name)

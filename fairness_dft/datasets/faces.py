@@ -9,6 +9,7 @@ References:
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 from typing_extensions import override
 
@@ -60,13 +61,13 @@ class FairFace(LabelledFaces):
 
     @override
     def rows(self) -> list[Row]:
-        rows = []
+        rows: list[Row] = []
         races = RACES if self.four_races else {race: race for race in RACES}
-        years = {age: int(re.search(r"\d+", age)[0]) for age in AGES}
+        years = {age: int(cast(re.Match[str], re.search(r"\d+", age))[0]) for age in AGES}
         for name in ("train", "val"):
             for where, row in table(self.folder / f"fairface_label_{name}.csv", ("file", "age", "gender", "race")):
                 old = allowed(where, "age", row["age"], years) >= self.old_from
-                labels = {
+                labels: dict[str, str | None] = {
                     "gender": allowed(where, "gender", row["gender"], GENDERS),
                     "race": allowed(where, "race", row["race"], races),
                     "age": "old" if old else "young",
@@ -120,11 +121,11 @@ class CelebA(LabelledFaces):
             for where, (file, split) in partition
         }
         folder = self.there("img_align_celeba/img_align_celeba", "img_align_celeba", "Img/img_align_celeba")
-        rows = []
+        rows: list[Row] = []
         for where, (file, *values) in attributes:
             if len(values) != len(header):
                 raise ValueError(f"--data: {where}: its number of cells differs from the header's")
-            labels = {
+            labels: dict[str, str | None] = {
                 head: yes if allowed(where, name, values[columns[head]], {"1": True, "-1": False, "0": False}) else no
                 for head, (name, yes, no) in self.attributes.items()
             }
@@ -180,7 +181,7 @@ class UTKFace(LabelledFaces):
 
     @override
     def rows(self) -> list[Row]:
-        rows = []
+        rows: list[Row] = []
         for file in sorted(self.folder.rglob("*.jpg")):
             parts = file.name.split("_")
             if len(parts) < 4 or not all(part.isdigit() for part in parts[:3]):
@@ -188,7 +189,7 @@ class UTKFace(LabelledFaces):
             age, gender, race = map(int, parts[:3])
             if gender > 1 or race > 4:
                 continue
-            labels = {
+            labels: dict[str, str | None] = {
                 "gender": UTK_GENDERS[gender],
                 "race": UTK_RACES[race],
                 "age": "old" if age >= self.old_from else "young",

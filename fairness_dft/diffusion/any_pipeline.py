@@ -62,7 +62,8 @@ class AnyPipeline(DiffusersModel):
         from diffusers import AutoPipelineForText2Image
 
         with quiet():
-            self.pipeline = AutoPipelineForText2Image.from_pretrained(location.source, **self._weights(location))
+            from_pretrained: Any = AutoPipelineForText2Image.from_pretrained
+            self.pipeline = from_pretrained(location.source, **self._weights(location))
         if hasattr(self.pipeline, "safety_checker"):
             self.pipeline.safety_checker = None  # it would replace images by black ones, and an audit counts them
         self.pipeline.set_progress_bar_config(disable=True)
@@ -86,7 +87,7 @@ class AnyPipeline(DiffusersModel):
         size = {} if self.resolution is None else {"height": self.resolution, "width": self.resolution}
         images = []
         settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt", **size}
-        for chunk in seeds.split(self.images_at_once):
+        for chunk in seeds.split(self.images_at_once):  # type: ignore[no-untyped-call]
             generators = [torch.Generator().manual_seed(seed) for seed in chunk.tolist()]
             images.append(self.pipeline(prompt=[prompt] * len(chunk), generator=generators, **settings).images)
         return torch.cat(images).float().clamp(0, 1)

@@ -157,8 +157,8 @@ class StableDiffusion(DiffusersModel):
             if len(self.tokenizer) <= 3:
                 raise OSError(f"no vocabulary in the sub-folder tokenizer of {source}")
             self.text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **weights)
-            self.vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)
-            self.unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)
+            self.vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)  # type: ignore[no-untyped-call]
+            self.unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)  # type: ignore[no-untyped-call]
         self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
         self.freeze()
 
@@ -191,7 +191,8 @@ class StableDiffusion(DiffusersModel):
             return_tensors="pt",
         ).to(self.text_encoder.device)
         mask = tokens.attention_mask if getattr(config, "use_attention_mask", False) else None
-        return self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
+        states: Tensor = self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
+        return states
 
     @override
     def truncated_text(self, prompt: str) -> str:
@@ -207,7 +208,8 @@ class StableDiffusion(DiffusersModel):
             )
         dtype = weight_dtype(self.unet)
         with native_precision(self.unet):
-            prediction = self.unet(latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype)).sample
+            output = self.unet(latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype))
+            prediction: Tensor = output.sample
         # The recursion of the scheduler stays in the precision of the latents.
         return prediction.to(latents.dtype)
 
@@ -218,5 +220,6 @@ class StableDiffusion(DiffusersModel):
     @override
     def decode(self, latents: Tensor) -> Tensor:
         with native_precision(self.vae):
-            images = self.vae.decode(latents.to(weight_dtype(self.vae)) / self.vae.config.scaling_factor).sample
+            output = self.vae.decode(latents.to(weight_dtype(self.vae)) / self.vae.config.scaling_factor)
+            images: Tensor = output.sample
         return (images.to(latents.dtype) / 2 + 0.5).clamp(0, 1)

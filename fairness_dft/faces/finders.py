@@ -218,7 +218,8 @@ class DetectedFaces(FaceFinder):
                 if not faces:
                     table.append([0, 0, width, height, *nowhere, 0, image])
             values = torch.tensor(table, dtype=torch.float32).reshape(-1, 16)
-            return values[:, :4], values[:, 4:14].unflatten(1, (5, 2)), values[:, 14] > 0, values[:, 15].long()
+            points = values[:, 4:14].unflatten(1, (5, 2))  # type: ignore[no-untyped-call]
+            return values[:, :4], points, values[:, 14] > 0, values[:, 15].long()
 
         return rows
 
@@ -244,6 +245,6 @@ def on_the_way(values: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
         return values.cpu().numpy(), lambda: None
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     copy.copy_(values, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return copy.numpy(), event.synchronize

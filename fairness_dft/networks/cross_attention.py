@@ -57,4 +57,4 @@ def share_keys(unet: nn.Module) -> None:
 
     for module in unet.modules():
         if isinstance(module, Attention) and module.is_cross_attention:
-            module.set_processor(SharedKeys())
+            module.set_processor(SharedKeys())  # type: ignore[arg-type]

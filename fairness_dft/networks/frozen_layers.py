@@ -16,7 +16,7 @@ References:
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,14 @@ class FrozenConv2d(nn.Conv2d):
     def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         simple = inputs.ndim == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
         if not simple or not _frozen(inputs, weight, bias):
-            return super()._conv_forward(inputs, weight, bias)
-        return _Convolution.apply(inputs, weight, bias, (self.stride, self.padding, self.dilation, self.groups))
+            return cast(Tensor, super()._conv_forward(inputs, weight, bias))
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        return cast(Tensor, _Convolution.apply(inputs, weight, bias, settings))  # type: ignore[no-untyped-call]
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.settings = inputs.shape, settings
         return nn.functional.conv2d(inputs, weight, bias, *settings)
@@ -49,7 +50,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
         weight = weight.to(gradient.dtype)  # under autocast they differ
-        return nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.settings), None, None, None
+        of_inputs = nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.settings)  # type: ignore[attr-defined]
+        return of_inputs, None, None, None
 
 
 _KEEPING: ContextVar[bool] = ContextVar("keeping", default=False)
@@ -73,7 +75,7 @@ class GroupNormSiLU(nn.GroupNorm):
         """Return silu(norm(x)), for x with shape (B, C, ...)."""
         if _KEEPING.get() or not (torch.is_grad_enabled() and inputs.requires_grad):
             return self.both(inputs)
-        return checkpoint(self.both, inputs, use_reentrant=False, preserve_rng_state=False)
+        return cast(Tensor, checkpoint(self.both, inputs, use_reentrant=False, preserve_rng_state=False))
 
     def both(self, inputs: Tensor) -> Tensor:
         """Return the same, and save norm(x) too."""
@@ -100,8 +102,11 @@ def join_activations(vae: nn.Module) -> None:
     from diffusers.models.resnet import ResnetBlock2D
 
     blocks = [module for module in vae.modules() if isinstance(module, ResnetBlock2D)]
-    pairs = [(block, "nonlinearity", [block.norm1, block.norm2]) for block in blocks]
-    pairs += [(part, "conv_act", [part.conv_norm_out]) for part in (vae.encoder, vae.decoder)]
+    pairs: list[tuple[nn.Module, str, list[Any]]] = [
+        (block, "nonlinearity", [block.norm1, block.norm2]) for block in blocks
+    ]
+    coders = (cast(nn.Module, vae.encoder), cast(nn.Module, vae.decoder))
+    pairs += [(part, "conv_act", [part.conv_norm_out]) for part in coders]
     for module, activation, norms in pairs:
         if type(getattr(module, activation)) is nn.SiLU and {type(norm) for norm in norms} == {nn.GroupNorm}:
             setattr(module, activation, nn.Identity())

@@ -73,7 +73,7 @@ class OnnxNetwork(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Run the network on its input."""
-        values = {self._input: pixels}
+        values: dict[str, Tensor] = {self._input: pixels}
         for i, (operator, names, output, attributes) in enumerate(self._nodes):
             given = [self._value(values, name) if name else None for name in names]
             values[output] = OPERATORS[operator](attributes, *given)
@@ -86,7 +86,8 @@ class OnnxNetwork(nn.Module):
         if name in values:
             return values[name]
         constant = self._constants[name]
-        return self._weights[constant] if isinstance(constant, int) else constant
+        found: Tensor | list[int] = self._weights[constant] if isinstance(constant, int) else constant
+        return found
 
 
 def unsupported(operator: str, attributes: dict[str, Any]) -> list[str]:
@@ -126,7 +127,7 @@ def _max_pool(attributes: dict[str, Any], x: Tensor) -> Tensor:
 
 def _gemm(attributes: dict[str, Any], a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     a, b = (a.T if attributes.get("transA") else a), (b.T if attributes.get("transB") else b)
-    product = attributes.get("alpha", 1.0) * (a @ b)
+    product: Tensor = attributes.get("alpha", 1.0) * (a @ b)
     return product if c is None else product + attributes.get("beta", 1.0) * c
 
 

@@ -23,6 +23,9 @@ class Preprocessing(nn.Module):
         mode: Interpolation, bilinear or bicubic.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(
         self, size: tuple[int, int], mean: list[float], deviation: list[float], mode: str = "bilinear"
     ) -> None:

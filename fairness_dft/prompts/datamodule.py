@@ -156,7 +156,8 @@ class PromptModule(LightningDataModule):
     def train_dataloader(self) -> TrainingPromptLoader:
         """Return the training prompts from the trainer's current batch on: 0, or where it was interrupted."""
         prompts, repeats = zip(*self._weighted("train"), strict=True)
-        start = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
+        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total if self.trainer else None
+        start = total.processed if self.trainer else 0
         return TrainingPromptLoader(repeats, start, prompts, self.noise_pool, **self._loader_settings("train"))
 
     @override

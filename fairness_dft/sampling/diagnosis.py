@@ -182,5 +182,5 @@ class GradientStatistics:
 
 def clipped(gradients: Tensor) -> Tensor:
     """Gradients, with shape (M, P), cut to at most the median of their norms."""
-    norms = gradients.norm(dim=1, keepdim=True)
+    norms: Tensor = gradients.norm(dim=1, keepdim=True)
     return gradients * (norms.median() / norms.clamp(min=1e-30)).clamp(max=1)

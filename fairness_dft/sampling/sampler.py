@@ -251,7 +251,7 @@ class Sampler:
         Returns:
             What `function(inputs)` returns, with shape (n, ...).
         """
-        again, parts = self._wrap(function), inputs.split(self.decode_chunk)
+        again, parts = self._wrap(function), inputs.split(self.decode_chunk)  # type: ignore[no-untyped-call]
         from_here = [len(inputs) - i * self.decode_chunk for i in range(len(parts))]  # rows of this chunk and all after
         each = zip(parts, from_here, strict=True)
         return torch.cat([function(part) if rows <= kept else again(part) for part, rows in each])
@@ -288,7 +288,7 @@ class Sampler:
             return torch.cat((predictions, self._predict(model, others, timestep, texts[1:], None)))
         if scale is not None and not self.gradient.coupled:
             latents = latents.detach()
-        guided = model.guided if scale is None else self._wrap(model.guided)
+        guided: Callable[..., Tensor] = model.guided if scale is None else self._wrap(model.guided)
         both = texts[0] if len(texts) == 1 else list(map(torch.cat, zip(*texts, strict=True)))
         parts, found, start = -(-total // (self.images_at_once or total)), [], 0
         with torch.set_grad_enabled(scale is not None):
