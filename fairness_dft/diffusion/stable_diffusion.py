@@ -151,14 +151,16 @@ class StableDiffusion(DiffusersModel):
 
         self.scheduler = self._build_scheduler(location)
         source, weights = location.source, self._weights(location)
+        load_vae: Any = AutoencoderKL.from_pretrained
+        load_unet: Any = UNet2DConditionModel.from_pretrained
         with quiet():
             self.tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **location.options)
             # Without a vocabulary file, transformers builds one of special tokens alone.
             if len(self.tokenizer) <= 3:
                 raise OSError(f"no vocabulary in the sub-folder tokenizer of {source}")
             self.text_encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **weights)
-            self.vae = AutoencoderKL.from_pretrained(source, subfolder="vae", **weights)  # type: ignore[no-untyped-call]
-            self.unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights)  # type: ignore[no-untyped-call]
+            self.vae = load_vae(source, subfolder="vae", **weights)
+            self.unet = load_unet(source, subfolder="unet", **weights)
         self.latent_shape = (self.vae.config.latent_channels, *self._latent_size())
         self.freeze()
 
