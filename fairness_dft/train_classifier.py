@@ -90,7 +90,10 @@ def main(args: ArgsType = None) -> None:
     except ValueError as error:  # a data worker reports a broken image with its whole traceback
         messages = re.findall(r"ValueError: (--data: .*)", str(error)) or [str(error)]
         raise ValueError(messages[-1]) from error
-    heads = {head: head_figures(*module.verdicts[head], classes) for head, classes in module.heads.items()}
+    heads = {}
+    for head, classes in module.heads.items():
+        logits, labels = module.verdicts[head]
+        heads[head] = head_figures(logits, labels, classes)
     before = {
         head: head_figures(logits * temperatures[head], labels, module.heads[head])["calibration_error"]
         for head, (logits, labels) in module.verdicts.items()
