@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from fairness_dft.cli.commands import run_main
+from fairness_dft.cli.finished_run import build
 from fairness_dft.export import KOHYA_FILE, main
 from fairness_dft.fit import main as fit
 from fairness_dft.reports.adapter_card import distance_rows, limits
@@ -60,7 +61,7 @@ def exported(run: tuple[str, Path]) -> tuple[str, Path, Path]:
 def ours(kind: str, folder: Path, seed: int = 3) -> np.ndarray:
     """The finetuned model's own picture."""
     run = FinishedRun(str(folder))
-    module = run.build(str(folder.parent)).model
+    module = build(run, str(folder.parent)).model
     module.configure_model()
     module.adapter.load(run.adapter())
     module.adapter.rescale(SCALE[kind])

@@ -136,7 +136,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         (["--prompts=[a]"], "--run"),
         ([f"--run={run}", *some, *output, "--sede=1"], "did you mean --seed?"),
         ([f"--run={run}", *some, *output, "--qqqqq=1"], "--help shows all settings"),
-        ([f"--run={tmp_path}", *some, *output], "is no run"),
+        ([f"--run={tmp_path}", *some, *output], "is not a run"),
         ([f"--run={empty}", *some, *output], "before it exported any"),
         ([f"--run={run}", *output], "no prompt was given"),
         ([f"--run={run}", *some, *output, "--step=7"], "--step must be one of 1, but got 7"),

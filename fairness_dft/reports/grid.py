@@ -65,7 +65,8 @@ class GridRow:
         """Return the prompt and, of several models, how many noises change class between them."""
         readings = self.readings()
         changed = sum(len(set(classes)) > 1 for classes in readings)
-        return f"{self.prompt}   ({changed} of {len(readings)} change class)" if len(self.sides) > 1 else self.prompt
+        compared = len(self.sides) > 1 and all(side.classes.shape[1] for side in self.sides.values())
+        return f"{self.prompt}   ({changed} of {len(readings)} change class)" if compared else self.prompt
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def comparison_grid(rows: Sequence[GridRow], classes: Mapping[str, Sequence[str]
     """
     where, names_of = layout(rows, len(classes)), titles(rows)
     counts = [text for row in rows for side in row.sides.values() for text in _counts(side, classes)]
-    right = where.right + max(_width(text, SMALL) for text in counts) + MARGIN
+    right = where.right + max((_width(text, SMALL) for text in counts), default=0) + MARGIN
     size = max(right, *_text_widths(rows, classes)), where.top(len(rows))
     canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)

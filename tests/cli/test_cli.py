@@ -184,8 +184,8 @@ def test_prompts_that_are_trained_on_and_tested_get_a_warning(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"gender": "lady"}, "names gender 'lady', which is none of the classifier's"),
-        ({"age": "old", "gender": None}, "names gender None, which is none of the classifier's"),
+        ({"gender": "lady"}, "names gender 'lady', but the classifier's classes are"),
+        ({"age": "old", "gender": None}, "names gender None, but the classifier's classes are"),
     ],
 )
 def test_training_prompts_must_name_classes(tmp_path, capsys, unloaded, names, message):

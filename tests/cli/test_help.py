@@ -150,7 +150,7 @@ def test_an_unknown_command(word: str, hint: str, capsys: pytest.CaptureFixture[
 def test_the_console_command_runs_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["export", f"--run={tmp_path}", f"--output={tmp_path / 'new'}"])
-    assert stopped.value.code == 2 and "is no run" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "is not a run" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         main(["quickstart", "--model.learning_rat=1", f"--output={tmp_path}"])
     assert stopped.value.code == 2 and "did you mean --model.learning_rate?" in capsys.readouterr().err
