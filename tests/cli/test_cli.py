@@ -378,7 +378,8 @@ def test_a_monitor_that_cannot_load_is_refused_before_any_large_network(tmp_path
 
     monkeypatch.setattr(FairFinetuning, "configure_model", loaded)
     wrong = "--bias_monitor.independent_judge.classifier.init_args.path=no/such/folder"
-    assert "the classifier 'no/such/folder' has no config.json" in refused(capsys, small(tmp_path, wrong))
+    line = refused(capsys, small(tmp_path, wrong))
+    assert "the classifier 'no/such/folder' could not be loaded (there is no folder of this name)" in line
 
 
 def test_a_stop_is_saved_after_the_adapter_was_averaged(tmp_path):
